@@ -1,0 +1,328 @@
+"""T-MASS: text as a stochastic embedding ("Text-Video Representations", "Stochastic Text Modeling", "Similarity-Aware Radius Modeling").
+
+Each symbol of the paper has one name here, and one shape; axes always come in the order texts, videos, frames, dim.
+
+  paper  name    shape                          paper  name    shape
+  t      text    (texts, dim)                   S      sims    (texts, videos, frames)
+  f_i    frames  (videos, frames, dim)          R      radius  (texts, videos, dim)
+  v      video   (texts, videos, dim)           eps    noise   (M, dim) or (M, texts, videos, dim)
+  t_s    t_s     (M, texts, videos, dim)        t_sup  t_sup   (texts, dim), of matched pairs
+
+  phi_t, phi_v    TMASS.encode_text, TMASS.encode_frames (CLIP)      psi    XPool (or MeanPool, the baseline)
+  R               Radius                                             t_s    stochastic_text
+  t_sup           support_text                                       tau    1 / exp(TMASS.logit_scale)
+
+Readings of the paper taken here: S is made of cosines, of L2-normalised features, while t + R eps is not normalised; every text-video
+pair has a radius of its own. Copy this file anywhere: it needs torch and jaxtyping, reads no config, and imports `clip` only to load it.
+"""
+
+import math
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A model cannot be built or loaded as asked. The message is one sentence: what is wrong, in which file, what to do."""
+
+
+# ------------------------------------------------------------------------------------------------- phi: CLIP ("Text-Video Representations")
+
+
+ARCHS = ("tiny", "ViT-B/32", "ViT-B/16")
+# A CLIP of the package's own class with a ResNet trunk, small enough to pretrain on two CPU cores in minutes.
+TINY = dict(embed_dim=256, image_resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16, vision_patch_size=None,
+            context_length=32, vocab_size=49408, transformer_width=128, transformer_heads=2, transformer_layers=2)  # fmt: skip
+
+
+def load_clip(arch: str, weights: Path | str | None = None) -> nn.Module:
+    """A CLIP in float32 on the CPU, in eval mode.
+
+    arch     "ViT-B/32", "ViT-B/16" (or any other name of clip.available_models()): OpenAI's weights, downloaded by clip.load into
+             ~/.cache/clip the first time; "tiny": TINY, random; or the path of a file
+    weights  a file with the weights, for machines without network: OpenAI's own .pt archive or a state dict. The sizes are read from
+             the file, whatever `arch` says; values are kept as stored (clip's build_model would round them to fp16).
+
+    Raises ModelError for an unknown arch, a failed download, a missing file or one that holds no CLIP."""
+    clip = _import_clip()
+    if weights is None and Path(arch).is_file():
+        weights = arch
+    if weights is not None:
+        state = _read_weights(Path(weights))
+        try:
+            model = clip.model.CLIP(**_clip_sizes(state))
+            model.load_state_dict({name: value.float() for name, value in state.items()})
+        except (KeyError, RuntimeError) as error:
+            what = str(error).strip().splitlines()[0]
+            raise ModelError(f"{weights} holds no CLIP of OpenAI's layout ({what}): give OpenAI's .pt file or a state dict of it.") from None
+    elif arch == "tiny":
+        model = clip.model.CLIP(**TINY)
+    elif arch in clip.available_models():
+        try:
+            model = clip.load(arch, device="cpu", jit=False)[0]
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"the weights of {arch} could not be downloaded ({error}): fetch {Path(clip.clip._MODELS[arch]).name} on another "
+                             "machine and name it by --weights.") from None  # fmt: skip
+    else:
+        raise ModelError(f"unknown arch {arch!r}: choose tiny, one of {', '.join(clip.available_models())}, or a file of CLIP weights.")
+    return model.float().eval()
+
+
+def _import_clip():
+    try:
+        with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which warns of its age
+            import clip
+    except RuntimeError:  # PyPI's torchvision is a CUDA build: beside a CPU-only torch it lacks two schemas (data.py has the same)
+        _import_clip.library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms(Tensor dets, Tensor scores, float iou_threshold)", "qnms(Tensor dets, Tensor scores, float iou_threshold)"):
+            _import_clip.library.define(f"{name} -> Tensor")
+        return _import_clip()
+    return clip
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"{path} not found: name a file of CLIP weights.")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated, and OpenAI's archives are made with it
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:
+        state = load_file(path)
+    return {name: value for name, value in state.items() if name not in ("input_resolution", "context_length", "vocab_size")}
+
+
+def load_file(path: Path | str) -> dict:
+    """torch.load of tensors and plain values only, on the CPU. Raises ModelError for a missing, corrupt or foreign file."""
+    if not Path(path).is_file():
+        raise ModelError(f"{path} not found.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ModelError(f"{path} is not a file of weights, or is damaged: copy it again, or name another.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}, not a dict of weights: name another file.")
+    return content
+
+
+def _clip_sizes(state: dict[str, Tensor]) -> dict:
+    """The arguments of clip.model.CLIP that fit a state dict, read off the shapes."""
+
+    def count(prefix: str, part: int) -> int:
+        return len({name.split(".")[part] for name in state if name.startswith(prefix)})
+
+    width = state["ln_final.weight"].shape[0]
+    text = dict(context_length=state["positional_embedding"].shape[0], vocab_size=state["token_embedding.weight"].shape[0],
+                transformer_width=width, transformer_heads=width // 64, transformer_layers=count("transformer.resblocks.", 2))  # fmt: skip
+    if "visual.proj" in state:  # a vision transformer
+        patch = state["visual.conv1.weight"].shape[-1]
+        grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+        vision = dict(image_resolution=patch * grid, vision_patch_size=patch, vision_width=state["visual.conv1.weight"].shape[0],
+                      vision_layers=count("visual.transformer.resblocks.", 3))  # fmt: skip
+    else:  # a ResNet
+        grid = math.isqrt(state["visual.attnpool.positional_embedding"].shape[0] - 1)
+        vision = dict(image_resolution=32 * grid, vision_patch_size=None, vision_width=state["visual.layer1.0.conv1.weight"].shape[0],
+                      vision_layers=tuple(count(f"visual.layer{k}.", 2) for k in (1, 2, 3, 4)))  # fmt: skip
+    return dict(embed_dim=state["text_projection"].shape[1], **vision, **text)
+
+
+# ------------------------------------------------------------------------------------------------------- psi: fusion of frames into v
+
+
+class MeanPool(nn.Module):
+    """v = mean_i f_i / |f_i|: no psi at all, the same video for every text (CLIP4Clip's parameter-free baseline)."""
+
+    def forward(self, text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos dim"]:
+        return F.normalize(frames, dim=-1).mean(dim=1).expand(len(text), -1, -1)
+
+
+class XPool(nn.Module):
+    """psi, X-Pool's text-conditioned fusion: v = psi(t, [f_1 .. f_T']), the video as the text looks at it.
+
+        q = W_q LN1(t)     k_i = W_k LN1(f_i)     u_i = W_v LN1(f_i)
+        a = softmax_i(q . k_i / sqrt(dim / heads))                      attention of a text over the frames
+        o = LN2(W_o sum_i a_i u_i)
+        v = LN3(o + dropout(P o))
+
+    All products have biases; all weights start as the identity and all biases at zero, as X-Pool's do, so that psi starts as
+    attention by the features' own likeness."""
+
+    def __init__(self, dim: int, heads: int = 1, dropout: float = 0.3):
+        super().__init__()
+        if dim % heads:
+            raise ModelError(f"{heads} heads do not divide {dim} channels: choose a divisor.")
+        self.heads = heads
+        self.query, self.key, self.value, self.out, self.linear = (nn.Linear(dim, dim) for _ in range(5))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.query, self.key, self.value, self.out, self.linear):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def attention(self, text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos heads frames"]:
+        """a: how much each text looks at each frame; sums to one over the frames."""
+        query = self.query(self.norm1(text)).unflatten(-1, (self.heads, -1))  # (texts, heads, dim / heads)
+        key = self.key(self.norm1(frames)).unflatten(-1, (self.heads, -1))  # (videos, frames, heads, dim / heads)
+        return (torch.einsum("thd,vfhd->tvhf", query, key) / query.shape[-1] ** 0.5).softmax(dim=-1)
+
+    def forward(self, text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos dim"]:
+        value = self.value(self.norm1(frames)).unflatten(-1, (self.heads, -1))  # (videos, frames, heads, dim / heads)
+        pooled = torch.einsum("tvhf,vfhd->tvhd", self.attention(text, frames), value).flatten(-2)
+        o = self.norm2(self.out(pooled))  # (texts, videos, dim)
+        return self.norm3(o + self.dropout(self.linear(o)))
+
+
+# -------------------------------------------------------------------------------------- the text mass ("Stochastic Text Modeling")
+
+
+class Radius(nn.Module):
+    """R, the radius of the text mass, one for each text-video pair and channel ("Similarity-Aware Radius Modeling").
+
+        S_i = cos(t, f_i)                           of a text and the frames of a video
+        kind "fixed"     R = exp(mean_i S_i)                no parameter
+        kind "scalar"    R = exp(theta mean_i S_i)          one learned number
+        kind "linear"    R = exp(S W + b)                   W (frames, dim) learned; the paper's choice
+
+    The paper writes exp(S W); the bias b is the released code's. It starts at log(initial), so that `initial` is about the radius
+    that training starts from (1 in the paper); W starts as torch's Linear does. Adds a channel axis of size dim for "fixed" and
+    "scalar" too. The released code computes R for matched pairs only while it trains; here every pair has its own."""
+
+    def __init__(self, kind: Literal["fixed", "scalar", "linear"], frames: int, dim: int, initial: float = 1.0):
+        super().__init__()
+        if kind not in ("fixed", "scalar", "linear"):
+            raise ModelError(f"unknown radius {kind!r}: choose fixed, scalar or linear.")
+        self.kind, self.frames, self.dim = kind, frames, dim
+        if kind == "scalar":
+            self.theta = nn.Parameter(torch.ones(()))
+        if kind == "linear":
+            self.linear = nn.Linear(frames, dim)
+            nn.init.constant_(self.linear.bias, math.log(initial))
+
+    def forward(self, text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos dim"]:
+        sims = cosine_similarities(text, frames)  # (texts, videos, frames)
+        if self.kind == "linear":
+            return self.linear(sims).exp()
+        mean = sims.mean(dim=-1, keepdim=True)
+        theta = self.theta if self.kind == "scalar" else 1.0
+        return (theta * mean).exp().expand(-1, -1, self.dim)
+
+
+def cosine_similarities(text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos frames"]:
+    """S: cos(text i, frame k of video j)."""
+    return torch.einsum("td,vfd->tvf", F.normalize(text, dim=-1), F.normalize(frames, dim=-1))
+
+
+def stochastic_text(
+    text: Float[Tensor, "texts dim"],
+    radius: Float[Tensor, "texts videos dim"],
+    noise: Float[Tensor, "M dim"] | Float[Tensor, "M texts videos dim"],
+) -> Float[Tensor, "M texts videos dim"]:
+    """t_s = t + R * eps: M texts drawn from the mass of each pair (eq. of "Stochastic Text Modeling").
+
+    The paper draws eps ~ N(0, 1). The released code draws U(0, 1) by default and N(0, 0.003^2) for LSMDC. With noise (M, dim) the
+    same M draws serve every pair: each pair's samples keep their distribution, and pairs are compared on the same luck."""
+    if noise.dim() == 2:
+        noise = noise[:, None, None]
+    return text[:, None] + radius * noise
+
+
+def support_text(
+    text: Float[Tensor, "texts dim"], video: Float[Tensor, "texts dim"], radius: Float[Tensor, "texts dim"]
+) -> Float[Tensor, "texts dim"]:
+    """t_sup = t + (v - t) / |v - t| * R: the point of the mass's surface towards the video ("Learning Text Mass in Joint Space").
+
+    Row i of `video` and `radius` belongs to text i: its matched pair. Here v is pooled by its own text; the released code averages it
+    over the texts of the batch."""
+    return text + F.normalize(video - text, dim=-1) * radius
+
+
+def matched(pairs: Float[Tensor, " n n *rest"]) -> Float[Tensor, " n *rest"]:
+    """The matched pairs of a batch, in which text i belongs to video i: x[i, i]."""
+    index = torch.arange(len(pairs), device=pairs.device)
+    return pairs[index, index]
+
+
+# ------------------------------------------------------------------------------------------------------------------ the whole model
+
+
+class TMASS(nn.Module):
+    """The model of one of three methods, with the parts in which they differ:
+
+        method    fusion (psi)    radius (R)
+        "clip"    MeanPool        -             mean-pooled frames: CLIP4Clip's baseline
+        "xpool"   XPool           -             X-Pool, the paper's baseline
+        "tmass"   XPool           Radius        T-MASS
+
+    Parts are called one by one, in the paper's order (train.py, evaluate.py): encode_text, encode_frames, fusion, radius."""
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        method: Literal["clip", "xpool", "tmass"] = "tmass",
+        num_frames: int = 12,
+        radius: Literal["fixed", "scalar", "linear"] = "linear",
+        heads: int = 1,
+        dropout: float = 0.3,
+        initial_radius: float = 1.0,
+    ):
+        super().__init__()
+        if method not in ("clip", "xpool", "tmass"):
+            raise ModelError(f"unknown method {method!r}: choose clip, xpool or tmass.")
+        dim = clip.text_projection.shape[1]
+        self.arguments = dict(method=method, num_frames=num_frames, radius=radius, heads=heads, dropout=dropout, initial_radius=initial_radius)
+        self.clip = clip
+        self.fusion = MeanPool() if method == "clip" else XPool(dim, heads, dropout)
+        self.radius = Radius(radius, num_frames, dim, initial_radius) if method == "tmass" else None
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """log(1 / tau): CLIP's own learned temperature."""
+        return self.clip.logit_scale
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of the frames that phi_v takes."""
+        return self.clip.visual.input_resolution
+
+    def encode_text(self, tokens: Int[Tensor, "texts tokens"]) -> Float[Tensor, "texts dim"]:
+        """t = phi_t(caption), not normalised."""
+        return self.clip.encode_text(tokens).float()
+
+    def encode_frames(self, images: Float[Tensor, "videos frames 3 height width"]) -> Float[Tensor, "videos frames dim"]:
+        """f_i = phi_v(frame i), each frame by itself, not normalised."""
+        return self.clip.encode_image(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
+
+
+def save_checkpoint(path: Path | str, model: TMASS, **more) -> None:
+    """Writes a model (and `more`: plain values and tensors) so that a file that has the name is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    torch.save({"model": model.state_dict(), "arguments": model.arguments, **more}, partial)
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path | str) -> TMASS:
+    """The model of a checkpoint, on the CPU, in eval mode; loads strictly, reads all sizes from the file, runs no code of it.
+
+    Raises ModelError for a missing, corrupt or foreign file."""
+    return build_from_checkpoint(load_file(path), path)
+
+
+def build_from_checkpoint(content: dict, path: Path | str) -> TMASS:
+    """What load_checkpoint does once the file is read; `path` is named in errors."""
+    try:
+        state, arguments = content["model"], content["arguments"]
+        sizes = _clip_sizes({name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")})
+        model = TMASS(_import_clip().model.CLIP(**sizes), **arguments)
+        model.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path} is not a checkpoint of train.py ({what}): name one of its last.pt or best.pt.") from None
+    return model.float().eval()
