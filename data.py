@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,16 +98,15 @@ def _hashed_split(names: list[str]) -> dict[str, str]:
     return {name: "test" if k < tenth else "val" if k < 2 * tenth else "train" for k, name in enumerate(ordered)}
 
 
-def read_shapes(folder: Path) -> list[Clip]:
-    """The built-in clips, rendered into `folder` when they are not there yet (shapes.py)."""
-    shapes.render(folder)
-    return read_csv(folder / "clips.csv", folder / "clips")
+def read_shapes(folder: Path, what: str = "clips") -> list[Clip]:
+    """The built-in clips, rendered into `folder` when they are not there yet (shapes.py).
 
-
-def read_pictures(folder: Path) -> list[Clip]:
-    """Still pictures of one scene with captions: what the small CLIP is pretrained on."""
-    shapes.render(folder)
-    return read_csv(folder / "pictures.csv", folder / "pictures")
+    what="pictures": the still pictures of one scene that the small CLIP is pretrained on. Raises DataError."""
+    try:
+        shapes.render(folder)
+    except (OSError, RuntimeError) as error:
+        raise DataError(str(error)) from None
+    return read_csv(folder / f"{what}.csv", folder / what)
 
 
 # The paper's data sets take a reader each, here: a function that returns a list of Clip. What each needs is known already.
@@ -119,15 +118,15 @@ LATER = {
     "vatex": "vatex_training_v1.0.json, vatex_validation_v1.0.json and the YouTube clips",
     "msvd": "captions_msvd.json, train_list.txt, val_list.txt, test_list.txt and the .avi clips",
 }
-DATASETS = ("shapes", "csv", *LATER)
+DATASETS = ("shapes", "csv", *LATER)  # and "pictures", for the tiny CLIP alone
 
 
 def read_clips(dataset: str, data: Path, annotations: Path | None = None, videos: Path | None = None) -> list[Clip]:
     """All clips of a data set, of every split. `data`: the folder of data sets; `annotations`, `videos`: for "csv".
 
     Raises DataError where something is missing, saying what to get and where to put it."""
-    if dataset == "shapes":
-        return read_shapes(data / "shapes")
+    if dataset in ("shapes", "pictures"):
+        return read_shapes(data / "shapes", "clips" if dataset == "shapes" else "pictures")
     if dataset == "csv":
         if annotations is None or videos is None:
             raise DataError("--dataset csv needs --annotations FILE (columns video,caption[,split]) and --videos DIR.")
@@ -361,7 +360,9 @@ class ClipDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[UInt8[Tensor, "frames 3 size size"], Int[Tensor, " tokens"]]:
+    def __getitem__(
+        self, index: int | tuple[int, int]
+    ) -> tuple[UInt8[Tensor, "frames 3 size size"] | Float[Tensor, "frames dim"], Int[Tensor, " tokens"]]:
         clip, caption = index if isinstance(index, tuple) else (index, 0)
         if self.features is not None:
             return self.features[clip], self.tokens[clip][caption]
@@ -378,5 +379,4 @@ def batches(
     dataset: ClipDataset, indices: list[list[tuple[int, int]]] | list[list[int]], workers: int = 0, pin_memory: bool = False
 ) -> Iterator[tuple[UInt8[Tensor, "videos frames 3 size size"], Int[Tensor, "texts tokens"]]]:
     """Loads the given batches in their order, ahead of use in `workers` processes."""
-    loader: Callable = torch.utils.data.DataLoader
-    yield from loader(dataset, batch_sampler=indices, num_workers=workers, pin_memory=pin_memory)
+    yield from torch.utils.data.DataLoader(dataset, batch_sampler=indices, num_workers=workers, pin_memory=pin_memory)

@@ -21,7 +21,6 @@ import pickle
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +192,7 @@ class Radius(nn.Module):
     that training starts from (1 in the paper); W starts as torch's Linear does. Adds a channel axis of size dim for "fixed" and
     "scalar" too. The released code computes R for matched pairs only while it trains; here every pair has its own."""
 
-    def __init__(self, kind: Literal["fixed", "scalar", "linear"], frames: int, dim: int, initial: float = 1.0):
+    def __init__(self, kind: str, frames: int, dim: int, initial: float = 1.0):
         super().__init__()
         if kind not in ("fixed", "scalar", "linear"):
             raise ModelError(f"unknown radius {kind!r}: choose fixed, scalar or linear.")
@@ -264,9 +263,9 @@ class TMASS(nn.Module):
     def __init__(
         self,
         clip: nn.Module,
-        method: Literal["clip", "xpool", "tmass"] = "tmass",
+        method: str = "tmass",
         num_frames: int = 12,
-        radius: Literal["fixed", "scalar", "linear"] = "linear",
+        radius: str = "linear",
         heads: int = 1,
         dropout: float = 0.3,
         initial_radius: float = 1.0,

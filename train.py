@@ -168,10 +168,7 @@ def tiny_clip(config: Config) -> Path:
 
 def read_data(config: Config) -> tuple[list[Clip], list[Clip]]:
     """Training and validation clips. The test split is read by evaluate.py alone."""
-    if config.dataset == "pictures":
-        clips = data.read_pictures(config.data / "shapes")
-    else:
-        clips = data.read_clips(config.dataset, config.data, config.annotations, config.videos)
+    clips = data.read_clips(config.dataset, config.data, config.annotations, config.videos)
     return data.of_split(clips, "train"), data.of_split(clips, "val")
 
 
@@ -296,7 +293,7 @@ def train(config: Config) -> Path:
         save_checkpoint(out / "last.pt", model, **about, **more)
 
     print(f"{config.method} on {config.dataset}: {len(clips)} clips, {total} steps of {config.batch} pairs on {device}, run {out}", flush=True)
-    bar = tqdm(initial=step, total=total, desc=config.method, unit=" steps", mininterval=0.5 if sys.stderr.isatty() else 10)
+    bar = tqdm(initial=step, total=total, desc=config.method, unit=" steps")
     with Interrupt() as interrupt:
         while step < total:
             epoch, done = divmod(step, per_epoch)

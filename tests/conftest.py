@@ -1,0 +1,77 @@
+"""A small world for the tests: random CLIPs of OpenAI's class, a few built-in clips rendered to real files, and the real clips if there."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import shapes
+from data import DataError, read_csv
+from model import TMASS, _import_clip
+
+ROOT = Path(__file__).parent.parent
+REALDATA = Path(os.environ.get("TMASS_REALDATA", ROOT.parent / "shared" / "realdata"))
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    if not REALDATA.is_dir():
+        pytest.skip(f"no real clips at {REALDATA} (set TMASS_REALDATA)")
+    return REALDATA
+
+
+def small_clip(trunk: str = "resnet", seed: int = 0) -> torch.nn.Module:
+    """A random CLIP of the package's own class, small enough for a test; all sizes differ from each other."""
+    torch.manual_seed(seed)
+    vision = dict(image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=4, vision_patch_size=None)
+    if trunk == "vit":
+        vision = dict(image_resolution=32, vision_layers=2, vision_width=64, vision_patch_size=16)
+    text = dict(context_length=20, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1)
+    return _import_clip().model.CLIP(embed_dim=24, **vision, **text).float().eval()
+
+
+def random_model(method: str = "tmass", seed: int = 0, frames: int = 4, **options) -> TMASS:
+    """A model all of whose parameters are random: nothing is at an identity, one or zero where a wrong term would hide."""
+    model = TMASS(small_clip(seed=seed), method, frames, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for part in (model.fusion, model.radius):
+        for parameter in part.parameters() if part is not None else ():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory) -> Path:
+    """clips.csv and clips/ of a built-in data set of 24 clips: 16 train, 4 val, 4 test."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    (folder / "clips").mkdir(parents=True)
+    shapes._render_clips((folder / "clips", 0, range(24)))
+    with (folder / "clips.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "caption", "split"])
+        for number in range(24):
+            split = "train" if number < 16 else "val" if number < 20 else "test"
+            writer.writerows([f"clip{number:05d}.mp4", caption.text, split] for caption in shapes.make_clip(0, number).captions)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips(clips_folder):
+    return read_csv(clips_folder / "clips.csv", clips_folder / "clips")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A file of random weights of a small CLIP: `--arch tiny --weights FILE` needs no pretraining."""
+    path = tmp_path_factory.mktemp("weights") / "small.pt"
+    torch.save(small_clip().state_dict(), path)
+    return path
+
+
+def message(function, *arguments) -> str:
+    """The sentence of the DataError that a call raises."""
+    with pytest.raises(DataError) as error:
+        function(*arguments)
+    return str(error.value)
