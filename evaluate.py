@@ -216,9 +216,9 @@ COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     """Metrics of several runs as a markdown table: a row a run, text-to-video on the left, video-to-text on the right."""
     width = max(len(name) for name in [*rows, "method"])
-    head = f"| {'method':<{width}} |" + "".join(f" {d} {c:<5} |" for d in ("t2v", "v2t") for c in COLUMNS)
-    rule = f"|{'-' * (width + 2)}|" + "".join("-" * 10 + ":|" for _ in range(2 * len(COLUMNS)))
-    lines = [f"| {name:<{width}} |" + "".join(f" {m[d][c]:>9.1f} |" for d in ("t2v", "v2t") for c in COLUMNS) for name, m in rows.items()]
+    head = f"| {'method':<{width}} |" + "".join(f" {d} {c:<4} |" for d in ("t2v", "v2t") for c in COLUMNS)
+    rule = f"|{'-' * (width + 2)}|" + "---------:|" * 2 * len(COLUMNS)
+    lines = [f"| {name:<{width}} |" + "".join(f" {m[d][c]:>8.1f} |" for d in ("t2v", "v2t") for c in COLUMNS) for name, m in rows.items()]
     return "\n".join([head, rule, *lines])
 
 
@@ -393,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     r = results[0]
     print(f"{r['dataset']}, {r['split']} split: {r['texts']} captions x {r['videos']} videos, every pair scored without its pairing; "
-          f"chance: R@10 {1000 / r['videos']:.1f}, MdR {(r['videos'] + 1) / 2:.0f}\n")  # fmt: skip
+          f"chance: R@10 {min(100, 1000 / r['videos']):.1f}, MdR {(r['videos'] + 1) / 2:.0f}\n")  # fmt: skip
     print(table(rows))
     print("\n" + "\n".join(f"written: {result['out']}/results.json, retrieved.png" for result in results))
 
