@@ -113,7 +113,7 @@ class Config:
 # that a data set has of its own and that we do not know for certain are left at the defaults.
 SMALL = dict(arch="tiny", weight_decay=0.01, augment=False)
 PRESETS: dict[str, dict] = {
-    "shapes": dict(**SMALL, freeze="vision", batch=64, clip_lr=3e-4, head_lr=5e-4, epochs=3),
+    "shapes": dict(**SMALL, freeze="vision", batch=64, clip_lr=3e-4, head_lr=5e-4, epochs=2),
     "pictures": dict(**SMALL, method="clip", num_frames=1, batch=128, clip_lr=1e-3, epochs=2),
     "lsmdc": dict(head_lr=1e-5, workers=8),
     **{name: dict(workers=8) for name in ("msrvtt", "didemo", "charades", "vatex", "msvd")},
@@ -228,9 +228,9 @@ def learning_rate(step: int, total: int, warmup: float) -> float:
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
-def draw_noise(video: Float[Tensor, "texts videos dim"], prior: str, std: float) -> Float[Tensor, "1 texts videos dim"]:
-    """eps for one draw of every pair's text: N(0, std^2), the paper's with 1, or U(0, 1), the released code's default."""
-    noise = torch.empty(1, *video.shape, device=video.device)
+def draw_noise(radius: Float[Tensor, "texts videos dim"], prior: str, std: float) -> Float[Tensor, "1 texts videos dim"]:
+    """eps for one text of each mass: N(0, std^2), the paper's with 1, or U(0, 1), the released code's default."""
+    noise = torch.empty(1, *radius.shape, device=radius.device)
     return noise.uniform_() if prior == "uniform" else noise.normal_(std=std)
 
 
@@ -312,9 +312,9 @@ def train(config: Config) -> Path:
                 scale = model.logit_scale.exp()
                 if config.method == "tmass":
                     radius = model.radius(text, frames)  # R = exp(S W + b)
-                    noise = draw_noise(video, config.prior, config.prior_std)  # eps
-                    t_s = stochastic_text(text, radius, noise)[0]  # t_s = t + R eps
-                    t_s = matched(t_s) if config.pairs == "matched" else t_s
+                    mass = matched(radius)[:, None] if config.pairs == "matched" else radius  # (texts, 1 or videos, dim)
+                    noise = draw_noise(mass, config.prior, config.prior_std)  # eps
+                    t_s = stochastic_text(text, mass, noise)[0].squeeze(1)  # t_s = t + R eps
                     t_sup = support_text(text, matched(video), matched(radius))
                     loss, parts = tmass_loss(t_s, t_sup, video, scale, config.alpha)  # L_s + alpha L_sup
                 else:

@@ -1,0 +1,54 @@
+"""What holds the project together: pins, the conda way, the order of the modules, the README's words."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+import evaluate
+import train
+
+ORDER = ["shapes", "data", "model", "losses", "evaluate", "train"]
+
+
+def test_conda_installs_what_pip_installs():
+    environment = (ROOT / "environment.yml").read_text()
+    assert "      - -r requirements.txt\n" in environment and "git+https://github.com/openai/CLIP.git" in environment
+    python = re.search(r"- python=(\d+\.\d+)", environment)[1]
+    assert f'requires-python = ">={python}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"PYTHON ?= python{python}" in (ROOT / "Makefile").read_text()
+
+
+def test_every_requirement_has_an_exact_pin():
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line) for line in lines if line)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_never_imports_one_that_comes_later(module):
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported.isdisjoint(ORDER[ORDER.index(module) :])
+    assert module != "model" or "data" not in imported  # these two know nothing of each other
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_everything_public_says_what_it_is(module):
+    for node in ast.parse((ROOT / f"{module}.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name}"
+
+
+def test_flags_that_the_readme_names_exist(capsys):
+    known = set()
+    for program in (train, evaluate):
+        with pytest.raises(SystemExit) as ended:
+            program.main(["--help"])
+        assert ended.value.code == 0
+        known |= set(re.findall(r"--[a-z][a-z-]+|--M", capsys.readouterr().out))
+    commands = re.findall(r"python (?:train|evaluate)\.py[^`\n]*", (ROOT / "README.md").read_text())
+    assert len(commands) > 5
+    named = {flag for command in commands for flag in re.findall(r"--[A-Za-z][A-Za-z-]*", command)}
+    assert named <= known
