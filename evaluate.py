@@ -5,21 +5,25 @@ is known to `retrieval_metrics` alone. So no score can profit from the pairing (
 
     python evaluate.py --M 20                                    # the latest run, on its test split
     python evaluate.py --checkpoint runs/a runs/b --M 20         # several, side by side
+    torchrun --nproc-per-node 2 evaluate.py --M 20               # videos split over processes, the same scores
 """
 
+import functools
 import hashlib
 import json
+import os
 import platform
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -65,18 +69,78 @@ def extract_features(model: TMASS, clips: Sequence[Clip], cache: FrameCache, bat
 
 
 def noise_bank(M: int, dim: int, seed: int, prior: str = "normal", std: float = 1.0) -> Float[Tensor, "M dim"]:
-    """eps_1 .. eps_M, drawn once and shared by all pairs: the same on every device, whatever is scored with it.
+    """eps_1 .. eps_M, drawn once and shared by all pairs (--noise shared): the same on every device, whatever is scored with it.
 
     prior "normal": N(0, std^2), the paper's with std = 1; "uniform": U(0, 1), the released code's default."""
+    return _draw(prior, std, (M, dim), seed)
+
+
+def _draw(prior: str, std: float, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(M, dim, generator=generator) if prior == "uniform" else std * torch.randn(M, dim, generator=generator)
+    return torch.rand(shape, generator=generator) if prior == "uniform" else std * torch.randn(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class PairNoise:
+    """Fresh draws for each pair (--noise independent). The eps of pair (i, j) follows from seed, i and j: not from blocks or ranks.
+
+    Costs a random number for each pair, draw and channel, where the shared bank costs three matrix products a block."""
+
+    M: int
+    seed: int = 0
+    prior: str = "normal"
+    std: float = 1.0
+    first_video: int = 0  # the number of the first column, where a rank holds a part of the videos
+
+    def block(self, texts: range, videos: range, dim: int) -> Float[Tensor, "M texts videos dim"]:
+        """eps of the pairs of a block."""
+        entropy = [np.random.SeedSequence([self.seed, i, self.first_video + j]).generate_state(1, np.uint64)[0] for i in texts for j in videos]
+        draws = [_draw(self.prior, self.std, (self.M, dim), int(seed) & 2**63 - 1) for seed in entropy]
+        return torch.stack(draws, dim=1).unflatten(1, (len(texts), len(videos)))
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """No draws: the expected best of M, from the mean and variance of a pair's score under eps (--score expected).
+
+    eps has independent channels of mean mu and variance s^2. Write t' = t + mu R, X = t_s . v, N = |t_s|^2. Then
+        E X = t' . v =: x          E N = |t'|^2 + s^2 |R|^2 =: n
+    and with A = sum R^2 v^2, B = sum R^2 v t', C = sum R^2 t'^2 (sums over channels) the delta method gives for cos = X / (|v| sqrt N)
+        mean = (x / n^(1/2) - s^2 B / n^(3/2) + 3/2 s^2 x C / n^(5/2)) / |v|          (second order)
+        var  = s^2 (A - 2 (x / n) B + (x / n)^2 C) / (n |v|^2)                        (first order: only eps across t' turns it)
+    As a sum over many channels the score is close to normal, so the best of M draws is expected at mean + c_M sqrt(var), with c_M the
+    expected largest of M standard normals (c_1 = 0, c_20 = 1.867). It ranks without luck, at the cost of three sums a pair."""
+
+    M: int
+    prior: str = "normal"
+    std: float = 1.0
+
+    def of(self, text: Tensor, radius: Tensor, video: Tensor) -> Tensor:
+        """The expected best score of each pair; the last axis, channels, is summed over."""
+        mu, s2 = (0.5, 1 / 12) if self.prior == "uniform" else (0.0, self.std**2)
+        t = text + mu * radius if mu else text
+        r2 = radius.square()
+        x = (t * video).sum(-1)
+        n = (t.square().sum(-1) + s2 * r2.sum(-1)).clamp_min(1e-24)
+        r2v, r2t = r2 * video, r2 * t
+        A, B, C = (r2v * video).sum(-1), (r2v * t).sum(-1), (r2t * t).sum(-1)
+        mean = (x - s2 * B / n + 1.5 * s2 * x * C / n.square()) / n.sqrt()
+        variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
+        return (mean + best_of(self.M) * variance.clamp_min(0).sqrt()) / video.norm(dim=-1).clamp_min(1e-12)
+
+
+@functools.cache
+def best_of(M: int) -> float:
+    """c_M: the expected largest of M standard normals, the integral of x d(Phi(x)^M)."""
+    x = torch.linspace(-12, 12, 48_001, dtype=torch.float64)
+    return torch.trapezoid(x * M * torch.special.ndtr(x) ** (M - 1) * torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5, x).item()
 
 
 def scores_literal(
     model: TMASS,
     text: Float[Tensor, "texts dim"],
     frames: Float[Tensor, "videos frames dim"],
-    noise: Float[Tensor, "M dim"],
+    noise: Float[Tensor, "M dim"] | Float[Tensor, "M texts videos dim"],
 ) -> Float[Tensor, "texts videos"]:
     """The score of every pair, as the paper writes it ("Inference Pipeline"): the best of M draws.
 
@@ -96,86 +160,180 @@ def scores(
     model: TMASS,
     text: Float[Tensor, "texts dim"],
     frames: Float[Tensor, "videos frames dim"],
-    noise: Float[Tensor, "M dim"],
-    block: int = 2**10,
+    noise: Float[Tensor, "M dim"] | PairNoise | Expectation,
+    block: int | None = None,
+    own_text: Float[Tensor, "videos dim"] | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "texts videos"]:
-    """The same numbers as `scores_literal`, in blocks of about `block` pairs: fast, and in memory that grows with neither texts x
-    videos x dim nor M.
+    """The same numbers as `scores_literal`, fast, in blocks of about `block` pairs (default: what fits the cache, `default_block`).
 
+    Memory is that of a block: it grows neither with texts x videos x dim nor with M.
     psi: everything behind the attention weights a is linear in a, up to two scalars. With u_k the value of frame k,
-        y_k = W_o u_k + b_o             (sum_k a_k = 1 folds the bias in)           o = LN2(sum_k a_k y_k)
-        LN2's variance is a' G a, G the Gram matrix of the centred y_k; z_k = (I + P) (gamma2 y_k) is computed once a frame, so
-        x = (sum_k a_k z_k) / sigma + c                                             v = LN3(x)
-    and the dim x dim products leave the loop over pairs. Several heads are more k.
-    t_s: with E the noise (M, dim), M draws of a pair cost three matrix products and no (M, texts, videos, dim) tensor:
+        y_k = W_o u_k + b_o,  centred over channels              (sum_k a_k = 1 folds the bias in)
+        o   = gamma2 sum_k a_k y_k / sigma + beta2               sigma^2 = a' G a + eps,  G = Y Y' / dim: LN2
+        x   = sum_k (a_k / sigma) z_k + c                        z_k = (I + P) gamma2 y_k,  c = (I + P) beta2 + p,  centred: LN3
+        v   = gamma3 x / delta + beta3 = sum_k A_k atom_k        delta^2 = |x|^2 / dim + eps, again from Gram matrices
+    so v is one product of T' + 2 coefficients a pair with T' + 2 atoms a video, and no dim x dim product is left in the loop over
+    pairs; v . t and |v| come from the atoms as well. Several heads are more k.
+    t_s: with E the noise bank (M, dim), M draws of a pair cost three products and no (M, texts, videos, dim) tensor:
         t_s . v = t . v + (R v) E',         |t_s|^2 = |t|^2 + 2 (R t) E' + (R R) (E E)'
-    """
-    noise = noise.to(text)
-    columns = max(1, min(len(frames), block // 16))
+
+    Few texts (a search engine's one query) take another order: pooling first, and projecting what was pooled, costs less than
+    preparing every frame. `frames` may be of another type than the text (a float16 memory map): a block at a time is converted.
+    own_text  the released protocol, which LEAKS: video j is pooled by own_text[j], its own caption, whatever the query."""
+    dim = text.shape[1]
+    block = block or default_block(dim, text.device)
+    if isinstance(noise, PairNoise):
+        block = max(1, block // max(1, noise.M))
+    columns = max(1, min(len(frames), max(int(block**0.5), block // max(1, len(text)))))
     rows = max(1, block // columns)
+    noise = noise.to(text) if isinstance(noise, Tensor) else noise
+    queries = _Queries.of(model, text)
     out = text.new_empty(len(text), len(frames))
     starts = range(0, len(frames), columns)
-    for v in tqdm(starts, desc="scores", leave=False, disable=not progress or len(starts) < 20):
-        fused = _collapse(model, frames[v : v + columns])
+    for first in tqdm(starts, desc="scores", leave=False, disable=not progress or len(out) * len(frames) < 10**6):
+        videos = slice(first, min(first + columns, len(frames)))
+        fused = _Videos.of(model, queries, frames[videos].to(text), None if own_text is None else own_text[videos])
         for t in range(0, len(text), rows):
-            out[t : t + rows, v : v + columns] = _block_scores(model, text[t : t + rows], fused, noise)
+            texts = slice(t, min(t + rows, len(text)))
+            out[texts, videos] = _score_block(model, queries, fused, texts, videos, noise)
     return out
 
 
-@dataclass(frozen=True)
-class _Collapsed:
-    """A block of videos with all of psi that does not depend on the text (see `scores`); k runs over heads x frames."""
-
-    unit: Tensor  # frames / |frames|                 (videos, frames, dim)
-    key: Tensor  # W_k LN1(f), a head at a time      (heads, videos * frames, dim / heads)
-    z: Tensor  # centred (I + P) gamma2 y_k        (videos, heads * frames, dim)
-    gram: Tensor  # of the centred y_k                (videos, heads * frames, heads * frames)
-    c: Tensor  # centred (I + P) beta2 + p         (dim,)
+def default_block(dim: int, device: torch.device) -> int:
+    """Pairs a block, such that its three tensors (pairs, dim) fit the last cache of the CPU, or a sixteenth of the GPU's free memory."""
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0] // 16
+    else:
+        try:
+            room = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+        except (ValueError, OSError, AttributeError):  # not on Linux
+            room = 0
+    return max(256, min(max(room, 2**23), 2**33) // (3 * 4 * dim))
 
 
 def _centred(x: Tensor) -> Tensor:
     return x - x.mean(dim=-1, keepdim=True)
 
 
-def _collapse(model: TMASS, frames: Tensor) -> _Collapsed | Tensor:
-    unit = F.normalize(frames, dim=-1)
-    psi = model.fusion
-    if not isinstance(psi, XPool):
-        return unit
-    dim = frames.shape[-1]
+@dataclass(frozen=True)
+class _Queries:
+    """What scoring needs of the texts, once."""
+
+    text: Tensor  # (texts, dim)
+    unit: Tensor  # text / |text|
+    square: Tensor  # |text|^2                          (texts,)
+    query: Tensor | None  # W_q LN1(t) / sqrt(dim / heads)    (heads, texts, dim / heads)
+
+    @classmethod
+    def of(cls, model: TMASS, text: Tensor) -> "_Queries":
+        psi, query = model.fusion, None
+        if isinstance(psi, XPool):
+            query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
+            query = query / query.shape[-1] ** 0.5
+        return cls(text, F.normalize(text, dim=-1), text.square().sum(-1), query)
+
+
+@dataclass(frozen=True)
+class _Videos:
+    """What scoring needs of a block of videos (see `scores`): v of a pair is its coefficients times the atoms of its video."""
+
+    unit: Tensor  # frames / |frames|                   (videos, frames, dim)
+    atoms: Tensor | None = None  #                      (videos, k + 2, dim), or (videos, 1, dim) where v does not depend on the text
+    key: Tensor | None = None  # W_k LN1(f)             (heads, videos, frames, dim / heads)
+    gram2: Tensor | None = None  # of LN2               (videos, k, k)
+    gram3: Tensor | None = None  # of LN3               (videos, k + 1, k + 1)
+    video: Tensor | None = None  # v itself, where texts are few: (videos, texts, dim); there are no atoms then
+
+    @classmethod
+    def of(cls, model: TMASS, queries: _Queries, frames: Tensor, own_text: Tensor | None) -> "_Videos":
+        psi, (videos, count, dim), unit = model.fusion, frames.shape, F.normalize(frames, dim=-1)
+        if not isinstance(psi, XPool):
+            return cls(unit, unit.mean(dim=1, keepdim=True))
+        if own_text is not None:
+            return cls(unit, torch.stack([psi(t[None], f[None])[0] for t, f in zip(own_text, frames)]))
+        if 3 * len(queries.text) < 4 * count:  # projecting after pooling costs 3 dim^2 a pair, preparing 4 dim^2 a frame
+            return cls(unit, video=_pool_then_project(psi, queries.query, frames))
+        normed = psi.norm1(frames)
+        key = psi.key(normed).unflatten(-1, (psi.heads, -1)).permute(2, 0, 1, 3).contiguous()
+        value = psi.value(normed).unflatten(-1, (psi.heads, -1))  # (videos, frames, heads, dim / heads)
+        weight = psi.out.weight.unflatten(-1, (psi.heads, -1))  # (dim, heads, dim / heads)
+        y = _centred(torch.einsum("vfhe,dhe->vhfd", value, weight).flatten(1, 2) + psi.out.bias / psi.heads)
+        z = y * psi.norm2.weight
+        z = _centred(z + F.linear(z, psi.linear.weight))
+        c = _centred(psi.norm2.bias + psi.linear(psi.norm2.bias))
+        z = torch.cat([z, c.expand(videos, 1, dim)], dim=1)
+        atoms = torch.cat([z * psi.norm3.weight, psi.norm3.bias.expand(videos, 1, dim)], dim=1)
+        return cls(unit, atoms, key, y @ y.mT / dim, z @ z.mT / dim)
+
+    def coefficients(self, psi: torch.nn.Module, query: Tensor) -> Tensor:
+        """A, of each pair with the given queries (heads, texts, dim / heads): (videos, texts, k + 2)."""
+        if self.key is None:
+            return self.atoms.new_ones(len(self.atoms), query.shape[1], 1)
+        logits = torch.stack([_with_texts(q, k) for q, k in zip(query, self.key)], dim=2)  # (videos, texts, heads, frames)
+        a = logits.softmax(dim=-1).flatten(2)
+        inverse_sigma = ((a @ self.gram2 * a).sum(dim=-1, keepdim=True) + psi.norm2.eps).rsqrt()
+        w = torch.cat([a * inverse_sigma, torch.ones_like(inverse_sigma)], dim=-1)
+        inverse_delta = ((w @ self.gram3 * w).sum(dim=-1, keepdim=True) + psi.norm3.eps).rsqrt()
+        return torch.cat([w * inverse_delta, torch.ones_like(inverse_delta)], dim=-1)
+
+
+def _with_texts(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of all texts (texts, dim) with the k vectors of all videos (videos, k, dim): (videos, texts, k)."""
+    return (x @ y.flatten(0, 1).T).unflatten(-1, y.shape[:2]).transpose(0, 1).contiguous()
+
+
+def _pool_then_project(psi: XPool, query: Tensor, frames: Tensor) -> Tensor:
+    """psi for few texts, (videos, texts, dim): W_k moves to the query's side and W_v behind the pooling, off the frames.
+
+    q . (W_k x + b) = (W_k' q) . x + q . b, and what does not depend on the frame leaves the softmax as it is."""
     normed = psi.norm1(frames)
-    key = psi.key(normed).unflatten(-1, (psi.heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-    value = psi.value(normed).unflatten(-1, (psi.heads, -1))  # (videos, frames, heads, dim / heads)
-    out = psi.out.weight.unflatten(-1, (psi.heads, -1))  # (dim, heads, dim / heads)
-    y = _centred(torch.einsum("vfhe,dhe->vhfd", value, out).flatten(1, 2) + psi.out.bias / psi.heads)
-    z = y * psi.norm2.weight
-    z = _centred(z + F.linear(z, psi.linear.weight))
-    c = _centred(psi.norm2.bias + psi.linear(psi.norm2.bias))
-    return _Collapsed(unit, key, z, y @ y.mT / dim, c)
+    moved = torch.einsum("hte,hed->htd", query, psi.key.weight.unflatten(0, (psi.heads, -1)))
+    a = torch.einsum("htd,vfd->vhtf", moved, normed).softmax(dim=-1)
+    pooled = a @ normed[:, None]  # (videos, heads, texts, dim)
+    value = torch.einsum("vhtd,hed->vthe", pooled, psi.value.weight.unflatten(0, (psi.heads, -1))).flatten(-2) + psi.value.bias
+    o = psi.norm2(psi.out(value))
+    return psi.norm3(o + psi.linear(o))
 
 
-def _block_scores(model: TMASS, text: Tensor, fused: _Collapsed | Tensor, noise: Tensor) -> Tensor:
-    if isinstance(fused, Tensor):
-        video = F.normalize(fused.mean(dim=1), dim=-1)
-        return F.normalize(text, dim=-1) @ video.T
-    psi = model.fusion
-    videos, count, dim = fused.unit.shape
-    query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)  # (heads, texts, dim / heads)
-    logits = (query @ fused.key.mT / query.shape[-1] ** 0.5).unflatten(-1, (videos, count))
-    a = logits.softmax(dim=-1).permute(2, 1, 0, 3).flatten(2)  # (videos, texts, heads * frames)
-    sigma = ((a @ fused.gram * a).sum(dim=-1, keepdim=True) + psi.norm2.eps).sqrt()
-    x = torch.baddbmm(fused.c.expand(videos, len(text), dim), a / sigma, fused.z)  # (videos, texts, dim), centred
-    deviation = (x.square().mean(dim=-1, keepdim=True) + psi.norm3.eps).sqrt()
-    video = torch.addcmul(psi.norm3.bias, x / deviation, psi.norm3.weight)
-    dot = (video * text).sum(dim=-1)  # t . v, (videos, texts)
-    length = video.norm(dim=-1).clamp_min(1e-12)
-    if model.radius is None or len(noise) == 0:
-        return (dot / (length * text.norm(dim=-1).clamp_min(1e-12))).T
-    radius = model.radius(text, fused.unit).transpose(0, 1)  # (videos, texts, dim)
-    dots = dot[..., None] + (radius * video) @ noise.T  # (videos, texts, M)
-    squares = text.square().sum(dim=-1)[:, None] + 2 * (radius * text) @ noise.T + radius.square() @ noise.square().T
-    return ((dots / squares.clamp_min(1e-24).sqrt()).amax(dim=-1) / length).T
+def _score_block(
+    model: TMASS, queries: _Queries, fused: _Videos, texts: slice, videos: slice, noise: Tensor | PairNoise | Expectation
+) -> Float[Tensor, "texts videos"]:
+    text, square = queries.text[texts], queries.square[texts]
+    if fused.video is not None:
+        video = fused.video[:, texts].clone()  # (videos, texts, dim)
+        length, dot = video.norm(dim=-1).clamp_min(1e-12), (video * text).sum(dim=-1)
+    else:
+        query = text[None] if queries.query is None else queries.query[:, texts]
+        A = fused.coefficients(model.fusion, query)
+        length = (A @ (fused.atoms @ fused.atoms.mT) * A).sum(dim=-1).clamp_min(1e-24).sqrt()  # |v|        (videos, texts)
+        dot = (A * _with_texts(text, fused.atoms)).sum(dim=-1)  # t . v
+    M = len(noise) if isinstance(noise, Tensor) else noise.M
+    if model.radius is None or M == 0:
+        return (dot / length / square.clamp_min(1e-24).sqrt()).T
+    radius = model.radius.from_similarities(_with_texts(queries.unit[texts], fused.unit))  # (videos, texts, dim)
+    if fused.video is None:
+        video = A @ fused.atoms
+    if isinstance(noise, Expectation):
+        return noise.of(text, radius, video).T
+    if isinstance(noise, PairNoise):
+        eps = noise.block(range(texts.start, texts.stop), range(videos.start, videos.stop), text.shape[1]).to(text).transpose(1, 2)
+        best = torch.stack([F.cosine_similarity(text + radius * e, video, dim=-1, eps=1e-12) for e in eps])
+        return best.amax(dim=0).T
+    E = noise.T.contiguous()  # (dim, M)
+    dots = dot.reshape(-1, 1) + video.mul_(radius).flatten(0, 1) @ E  # (pairs, M)
+    squares = (radius * text).flatten(0, 1) @ E
+    squares = squares.mul_(2).addmm_(radius.square().flatten(0, 1), E.square()).add_(square.repeat(len(length))[:, None])
+    best = (dots * squares.clamp_min_(1e-24).rsqrt_()).amax(dim=-1)
+    return (best.view_as(length) / length).T
+
+
+def dual_softmax(scores: Float[Tensor, "texts videos"], scale: float) -> Float[Tensor, "texts videos"]:
+    """Each score times the softmax of its column (--dsl): texts compete for a video before videos are ranked for a text.
+
+    The released code offers it. It is TRANSDUCTIVE: a score then depends on all test queries at once, which a search engine, asked one
+    query at a time, does not have; numbers with it do not compare with numbers without."""
+    return scores * (scale * scores).softmax(dim=0)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ metrics
@@ -196,6 +354,11 @@ def retrieval_metrics(scores: Float[Tensor, "texts videos"], owner: Int[Tensor, 
     return {name: _summary(_ranks(s[o.any(dim=1)], o[o.any(dim=1)])) for name, (s, o) in directions.items()}
 
 
+def text_to_video_ranks(scores: Float[Tensor, "texts videos"], owner: Int[Tensor, " texts"]) -> Float[Tensor, " texts"]:
+    """The rank of each text's own video, from 1; ties at their expected place."""
+    return _ranks(scores, F.one_hot(owner.to(scores.device), scores.shape[1]).bool())
+
+
 def _ranks(scores: Float[Tensor, "queries items"], own: Tensor) -> Float[Tensor, " queries"]:
     """Expected rank of the best own item, ties broken at random: g items above it; k own and e other items share its score."""
     best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
@@ -210,7 +373,7 @@ def _summary(ranks: Float[Tensor, " queries"]) -> dict[str, float]:
     return {**recall, "MdR": ranks.double().quantile(0.5).item(), "MnR": ranks.double().mean().item()}
 
 
-COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
+COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")
 
 
 def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -270,6 +433,24 @@ def contact_sheet(
     plt.close(figure)
 
 
+def rank_histogram(path: Path, ranks: Float[Tensor, " texts"], videos: int) -> None:
+    """A picture of how the ranks of the captions' own clips are spread, beside what chance would give."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    edges = np.unique(np.geomspace(1, videos + 1, 25).round())
+    counts, _ = np.histogram(ranks.cpu().numpy(), edges)
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.stairs(100 * counts / len(ranks), edges, fill=True, color="#0072b2", label="captions")
+    axis.stairs(100 * np.diff(edges) / videos, edges, color="#e69f00", lw=2, label="chance")
+    axis.set(xscale="log", xlabel="rank of the caption's own clip", ylabel="% of captions", title=f"{len(ranks)} captions, {videos} clips")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 # -------------------------------------------------------------------------------------------------------------------- command line
 
 
@@ -281,8 +462,18 @@ class EvaluationConfig:
     """runs (folders: their best.pt) or checkpoint files; default: the latest run under runs/"""
     M: int = 20
     """texts drawn for each text-video pair ("Inference Pipeline"); 0 scores t itself"""
+    score: Literal["sampled", "mean", "expected"] = "sampled"
+    """sampled: the best of M draws (the paper); mean: t itself (X-Pool's inference); expected: the expectation of the best of M, no draws"""
+    noise: Literal["shared", "independent"] = "shared"
+    """shared: one bank of M draws for all pairs; independent: fresh draws for each pair (slow)"""
+    protocol: Literal["paper", "released"] = "paper"
+    """released: video j pooled by its own caption for every query, as the released evaluator does: it LEAKS; for comparison only"""
+    dsl: bool = False
+    """dual softmax: transductive, uses all test queries at once"""
+    captions: Literal["all", "first"] = "all"
+    """first: one caption a clip"""
     seed: int = 0
-    """of the noise bank"""
+    """of the noise"""
     split: Literal["test", "val"] = "test"
     """which clips; choices belong to val, the test split to the end"""
     dataset: str | None = None
@@ -294,7 +485,7 @@ class EvaluationConfig:
     data: Path = Path("data")
     """folder of data sets and of the cache of decoded frames"""
     out: Path | None = None
-    """folder for results.json and retrieved.png; default: each run's own"""
+    """folder for what is written; default: each run's own"""
     batch: int = 32
     """clips encoded at once"""
     workers: int = 0
@@ -334,44 +525,89 @@ def open_checkpoint(path: Path) -> tuple[TMASS, dict, Path]:
     return build_from_checkpoint(content, file), content.get("config", {}), file
 
 
+def gather(x: Tensor) -> Tensor:
+    """Rows of all processes under torchrun, in the order of ranks; each may hold another number of rows."""
+    if not dist.is_initialized():
+        return x
+    sizes: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(sizes, len(x))
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
 def evaluate(config: EvaluationConfig, path: Path) -> dict:
-    """Evaluates one checkpoint; writes results.json and retrieved.png; returns what results.json holds."""
+    """Evaluates one checkpoint; writes results.json, ranks.png and retrieved.png; returns what results.json holds.
+
+    Under torchrun each process encodes and scores its share of the videos; the first one writes."""
     started = time.time()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = choose_device(config.device)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     model, trained, file = open_checkpoint(path)
     model = model.to(device)
     dataset = config.dataset or trained.get("dataset", "shapes")
     sources = [getattr(config, name) or (Path(trained[name]) if trained.get(name) else None) for name in ("annotations", "videos")]
     clips = data.of_split(data.read_clips(dataset, config.data, *sources), config.split)
-    cache = FrameCache(config.data / "cache", model.arguments["num_frames"], model.resolution)
-    cache.fill(clips)
-    features = extract_features(model, clips, cache, config.batch, config.workers, config.amp)
-    seconds_features = time.time() - started
+    if config.captions == "first":
+        clips = [replace(clip, captions=clip.captions[:1]) for clip in clips]
+    if config.protocol == "released" and sum(len(clip.captions) for clip in clips) != len(clips):
+        raise ModelError("--protocol released is defined for one caption a video, and some of these have several: add --captions first.")
+    if world > len(clips):
+        raise ModelError(f"{world} processes for {len(clips)} videos: start fewer.")
 
-    started = time.time()
-    M = config.M if model.radius is not None else 0
-    noise = noise_bank(M, features.text.shape[1], config.seed, trained.get("prior", "normal"), trained.get("prior_std", 1.0))
-    matrix = scores(model, features.text, features.frames, noise, progress=True)
-    metrics = retrieval_metrics(matrix, features.owner)
+    first, last = len(clips) * rank // world, len(clips) * (rank + 1) // world
+    cache = FrameCache(config.data / "cache", model.arguments["num_frames"], model.resolution)
+    cache.fill(clips[first:last])
+    features = extract_features(model, clips[first:last], cache, config.batch, config.workers, config.amp)
+    own_text = features.text if config.protocol == "released" else None
+    text, owner = gather(features.text), gather(features.owner + first)
+    seconds_features, started = time.time() - started, time.time()
+
+    M = config.M if model.radius is not None and config.score != "mean" else 0
+    prior = dict(prior=trained.get("prior", "normal"), std=trained.get("prior_std", 1.0))
+    if config.score == "expected":
+        noise = Expectation(M, **prior)
+    elif config.noise == "independent":
+        noise = PairNoise(M, config.seed, **prior, first_video=first)
+    else:
+        noise = noise_bank(M, text.shape[1], config.seed, **prior)
+    matrix = gather(scores(model, text, features.frames, noise, own_text=own_text, progress=rank == 0).T.contiguous()).T
+    metrics = retrieval_metrics(matrix, owner)
+    if config.dsl:
+        scale = model.logit_scale.exp().item()
+        both = dual_softmax(matrix, scale), dual_softmax(matrix.T, scale).T
+        metrics = {name: retrieval_metrics(m, owner)[name] for name, m in zip(("t2v", "v2t"), both)}
+    seconds = {"features": round(seconds_features, 2), "scores": round(time.time() - started, 2)}
+    about = f", M = {M}" if M else ""
+    about += ", expected" if M and config.score == "expected" else ", independent noise" if M and config.noise == "independent" else ""
+    about += (", DSL (transductive)" if config.dsl else "") + (", LEAKS" if config.protocol == "released" else "")
     result = {
+        "name": METHODS[model.arguments["method"]] + about,
         "checkpoint": str(file),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "method": model.arguments["method"],
         "dataset": dataset,
         "split": config.split,
-        "texts": len(features.text),
-        "videos": len(features.frames),
+        "texts": len(text),
+        "videos": len(clips),
         "M": M,
         "seed": config.seed,
         "metrics": metrics,
-        "seconds": {"features": round(seconds_features, 2), "scores": round(time.time() - started, 2)},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}",
+        "seconds": seconds,
+        "machine": f"{platform.machine()}, {world} processes, {torch.get_num_threads()} threads, {device.type}, torch {torch.__version__}",
+        "config": {name: value if isinstance(value, int | str) else str(value) for name, value in asdict(config).items()},
         "trained": trained,
     }
     out = config.out / file.parent.name if config.out else file.parent
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    contact_sheet(out / "retrieved.png", matrix.cpu(), features.owner.cpu(), clips, cache)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+        rank_histogram(out / "ranks.png", text_to_video_ranks(matrix, owner), len(clips))
+        contact_sheet(out / "retrieved.png", matrix.cpu(), owner.cpu(), clips, cache)
     return {**result, "out": str(out)}
 
 
@@ -383,19 +619,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     config = tyro.cli(EvaluationConfig, args=arguments, description=__doc__)
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        dist.init_process_group("nccl" if choose_device(config.device).type == "cuda" else "gloo")
     try:
-        rows, results = {}, []
-        for path in config.checkpoint or (latest_run(),):
-            results.append(result := evaluate(config, path))
-            name = METHODS[result["method"]] + (f", M = {result['M']}" if result["M"] else "")
-            rows[name if name not in rows else f"{name} ({path})"] = result["metrics"]
+        results = [evaluate(config, path) for path in config.checkpoint or (latest_run(),)]
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")
-    r = results[0]
-    print(f"{r['dataset']}, {r['split']} split: {r['texts']} captions x {r['videos']} videos, every pair scored without its pairing; "
-          f"chance: R@10 {min(100, 1000 / r['videos']):.1f}, MdR {(r['videos'] + 1) / 2:.0f}\n")  # fmt: skip
-    print(table(rows))
-    print("\n" + "\n".join(f"written: {result['out']}/results.json, retrieved.png" for result in results))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        rows = {}
+        for result in results:
+            name = result["name"]
+            rows[name if name not in rows else f"{name} ({result['checkpoint']})"] = result["metrics"]
+        r = results[0]
+        how = "every pair scored without its pairing" if config.protocol == "paper" else "THE PAIRING LEAKS INTO THE SCORES"
+        chance = f"chance: R@10 {min(100, 1000 / r['videos']):.1f}, MdR {(r['videos'] + 1) / 2:g}"
+        print(f"{r['dataset']}, {r['split']} split: {r['texts']} captions x {r['videos']} videos, {how}; {chance}\n")
+        print(table(rows))
+        print("\n" + "\n".join(f"written: {result['out']}/results.json, ranks.png, retrieved.png" for result in results))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -204,12 +204,15 @@ class Radius(nn.Module):
             nn.init.constant_(self.linear.bias, math.log(initial))
 
     def forward(self, text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos dim"]:
-        sims = cosine_similarities(text, frames)  # (texts, videos, frames)
+        return self.from_similarities(cosine_similarities(text, frames))
+
+    def from_similarities(self, sims: Float[Tensor, "*pairs frames"]) -> Float[Tensor, "*pairs dim"]:
+        """R of similarities S that are at hand already."""
         if self.kind == "linear":
             return self.linear(sims).exp()
         mean = sims.mean(dim=-1, keepdim=True)
         theta = self.theta if self.kind == "scalar" else 1.0
-        return (theta * mean).exp().expand(-1, -1, self.dim)
+        return (theta * mean).exp().expand(*sims.shape[:-1], self.dim)
 
 
 def cosine_similarities(text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos frames"]:

@@ -417,6 +417,7 @@ def _call(job):
 
 
 def main() -> None:
+    """The command line: renders, then prints the perfect retriever's score for each split."""
     parser = argparse.ArgumentParser(description="Render the built-in clips and print what a perfect retriever would score on them.")
     parser.add_argument("--out", type=Path, default=Path("data/shapes"), help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes another data set")

@@ -1,17 +1,35 @@
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, small_clip
+import torch.distributed as dist
+from conftest import ROOT, random_model, small_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+import evaluate
 from data import FrameCache, of_split
-from evaluate import contact_sheet, extract_features, noise_bank, retrieval_metrics, scores, scores_literal, table
+from evaluate import (
+    Expectation,
+    PairNoise,
+    best_of,
+    contact_sheet,
+    dual_softmax,
+    extract_features,
+    gather,
+    noise_bank,
+    retrieval_metrics,
+    scores,
+    scores_literal,
+    table,
+)
 from losses import cosine_scores
-from model import TMASS, ModelError, matched, save_checkpoint, stochastic_text
+from model import TMASS, ModelError, Radius, XPool, matched, save_checkpoint, stochastic_text
 
 TEXTS, VIDEOS, FRAMES, DIM, M = 7, 5, 4, 24, 6
 
@@ -27,15 +45,54 @@ model = random_model(frames=FRAMES)
 # ------------------------------------------------------------------------------------------------------------------------ scores
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from([("clip", "linear"), ("xpool", "linear"), ("tmass", "fixed"), ("tmass", "scalar"), ("tmass", "linear")]),
-    st.sampled_from([1, 2, 3]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 4), st.sampled_from([1, 7, 1024]),
+    st.sampled_from([1, 2, 3]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 4), st.sampled_from([1, 7, None]),
+    st.sampled_from([torch.float32, torch.float64]),
 )  # fmt: skip
-def test_fast_scores_equal_the_literal_ones(kind, heads, texts, videos, count, draws, block):
-    model = random_model(kind[0], frames=count, radius=kind[1], heads=heads)
-    t, f, e = 3 * randn(texts, DIM, seed=texts), 5 * randn(videos, count, DIM, seed=videos), noise_bank(draws, DIM, 0)
-    assert torch.allclose(scores(model, t, f, e, block=block), scores_literal(model, t, f, e), atol=2e-5)
+def test_fast_scores_equal_the_literal_ones(kind, heads, texts, videos, count, draws, block, dtype):
+    model = random_model(kind[0], frames=count, radius=kind[1], heads=heads).to(dtype)
+    t, f, e = 3 * randn(texts, DIM, seed=texts).to(dtype), 5 * randn(videos, count, DIM, seed=videos).to(dtype), noise_bank(draws, DIM, 0).to(dtype)
+    assert torch.allclose(scores(model, t, f, e, block=block), scores_literal(model, t, f, e), atol=2e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 6, None])
+def test_own_draws_for_each_pair_do_not_depend_on_blocks_ranks_or_other_pairs(block):
+    noise = PairNoise(M, seed=3)
+    eps = noise.block(range(TEXTS), range(VIDEOS), DIM)
+    whole = scores_literal(model, text, frames, eps)
+    assert torch.allclose(scores(model, text, frames, noise, block=block), whole, atol=2e-5)
+    assert torch.allclose(scores(model, text, frames[2:], replace(noise, first_video=2), block=block), whole[:, 2:], atol=2e-5)
+    assert len({round(float(x), 6) for x in eps[0, :, :, 0].flatten()}) == TEXTS * VIDEOS  # no two pairs alike
+
+
+def test_own_and_shared_draws_agree_in_distribution():
+    shared = torch.stack([scores(model, text, frames, noise_bank(M, DIM, seed)) for seed in range(150)])
+    own = torch.stack([scores(model, text, frames, PairNoise(M, seed)) for seed in range(150)])
+    error = (shared.var(0) / 150 + own.var(0) / 150).sqrt()
+    assert ((shared.mean(0) - own.mean(0)).abs() / error).max() < 4.5
+    assert (shared.std(0) / own.std(0) - 1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("prior,std", [("normal", 1.0), ("normal", 0.3), ("uniform", 1.0)])
+def test_the_expectation_is_the_mean_of_many_samplings(prior, std):
+    """With a mass of moderate size in enough channels; no draws are made."""
+    torch.manual_seed(0)
+    wide = TMASS(small_clip(), "tmass", FRAMES)
+    wide.fusion, wide.radius = XPool(256).eval(), Radius("linear", FRAMES, 256, initial=0.5)
+    t, f = 1.5 * randn(4, 256), randn(3, FRAMES, 256, seed=1)
+    sampled = torch.stack([scores(wide, t, f, noise_bank(20, 256, seed, prior, std)) for seed in range(300)])
+    expected = scores(wide, t, f, Expectation(20, prior, std))
+    point = scores(wide, t, f, noise_bank(0, 256, 0))
+    assert (expected - sampled.mean(0)).abs().max() < 0.05 * sampled.std() + 0.004
+    assert (expected - sampled.mean(0)).abs().max() < 0.1 * (point - sampled.mean(0)).abs().max()  # the text itself is far off
+
+
+def test_the_largest_of_M_normals():
+    assert best_of(1) == pytest.approx(0, abs=1e-9)
+    assert best_of(2) == pytest.approx(np.pi**-0.5, abs=1e-9)
+    assert best_of(20) == pytest.approx(1.86748, abs=1e-4)  # Harter's table
 
 
 def test_literal_score_is_the_best_draw_of_its_pair():
@@ -48,7 +105,7 @@ def test_literal_score_is_the_best_draw_of_its_pair():
 
 
 def released_protocol(model, text, frames, noise):
-    """What the released evaluator computes: video j pooled by its own caption j, whatever the query."""
+    """What the released evaluator computes, word for word: video j pooled by its own caption j, whatever the query."""
     video = matched(model.fusion(text, frames))
     t_s = stochastic_text(text, model.radius(text, frames), noise)
     return (normalize(t_s, dim=-1) * normalize(video, dim=-1)).sum(-1).amax(0)
@@ -68,6 +125,39 @@ def test_editing_one_caption_moves_only_its_row(score):
 
 def test_the_released_protocol_is_caught_by_that_test():
     assert not edits_leave_other_rows(released_protocol)
+
+
+def test_protocol_released_is_the_released_formula():
+    t = text[:VIDEOS]
+    assert torch.allclose(scores(model, t, frames, noise, own_text=t), released_protocol(model, t, frames, noise), atol=2e-5)
+    assert not edits_leave_other_rows(lambda m, t, f, e: scores(m, t, f, e, own_text=t))
+
+
+def test_half_precision_features_are_read_a_block_at_a_time():
+    for t in (text, text[:2]):
+        assert torch.allclose(scores(model, t, frames.half(), noise), scores(model, t, frames.half().float(), noise), atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_draws():
+    """The largest tensor made is that of a block of pairs: a counting mode watches every operation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple) else (result,):
+                self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return result
+
+    sizes = []
+    for M, texts, videos in ((2, 40, 40), (12, 40, 40), (12, 80, 80)):
+        inputs = randn(texts, DIM), randn(videos, FRAMES, DIM), noise_bank(M, DIM, 0)
+        with Largest() as largest:
+            scores(model, *inputs, block=256)
+        sizes.append(largest.size)
+    assert sizes[0] == sizes[1] == 256 * DIM and sizes[2] == 80 * 80  # of a block; or the scores themselves
 
 
 @pytest.mark.parametrize("score", [scores, scores_literal])
@@ -171,17 +261,66 @@ def test_contact_sheet_is_a_picture(clips, tmp_path):
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_checkpoint_is_evaluated_on_another_data_set_and_reported(clips_folder, tmp_path, capsys, monkeypatch):
-    import evaluate
-
+@pytest.fixture
+def run(clips_folder, tmp_path, monkeypatch):
+    """evaluate.py on a random T-MASS and the small data set: run(*flags) gives results.json and what was printed."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "runs" / "one" / "best.pt", random_model(frames=3))
-    flags = ["--dataset", "csv", "--annotations", str(clips_folder / "clips.csv"), "--videos", str(clips_folder / "clips")]
-    evaluate.main([*flags, "--M", "3"])
-    printed = capsys.readouterr().out
-    result = json.loads((tmp_path / "runs" / "one" / "results.json").read_text())
+    flags = ["--dataset", "csv", "--annotations", str(clips_folder / "clips.csv"), "--videos", str(clips_folder / "clips"), "--device", "cpu"]
+    return lambda *more: evaluate.main([*flags, "--M", "3", *more]) or json.loads((tmp_path / "runs" / "one" / "results.json").read_text())
+
+
+def test_the_latest_run_is_evaluated_and_reported_alike_each_time(run, capsys, tmp_path):
+    result = run()
     assert (result["texts"], result["videos"], result["M"], result["split"]) == (20, 4, 3, "test") and len(result["sha256"]) == 64
-    assert "| T-MASS, M = 3 |" in printed and f"{result['metrics']['t2v']['MnR']:.1f}" in printed
-    evaluate.main([*flags, "--M", "3"])
-    again = json.loads((tmp_path / "runs" / "one" / "results.json").read_text())
-    assert again["metrics"] == result["metrics"]
+    printed = capsys.readouterr().out
+    assert "| T-MASS, M = 3 |" in printed and f"{result['metrics']['t2v']['MnR']:.1f}" in printed and "LEAKS" not in printed
+    for picture in ("ranks.png", "retrieved.png"):
+        assert (tmp_path / "runs" / "one" / picture).read_bytes().startswith(b"\x89PNG")
+    assert run()["metrics"] == result["metrics"]
+
+
+def test_no_draws_and_score_mean_are_the_same(run):
+    assert run("--M", "0")["metrics"] == run("--score", "mean")["metrics"] != run()["metrics"]
+
+
+def test_every_row_of_the_released_protocol_says_that_it_leaks(run, capsys):
+    with pytest.raises(SystemExit, match="one caption a video"):
+        run("--protocol", "released")
+    run("--protocol", "released", "--captions", "first", "--checkpoint", "runs/one", "runs/one/best.pt")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| T-MASS")]
+    assert len(rows) == 2 and all("LEAKS" in row for row in rows)
+
+
+def test_dual_softmax_is_called_transductive_and_uses_other_queries(run, capsys):
+    run("--dsl")
+    assert "transductive" in capsys.readouterr().out
+    s = randn(TEXTS, VIDEOS)
+    edited = s.clone()
+    edited[1] += 1
+    assert torch.allclose(dual_softmax(s, 5.0)[2, 3], s[2, 3] * (5 * s[:, 3]).softmax(0)[2])
+    assert (dual_softmax(edited, 5.0)[0] != dual_softmax(s, 5.0)[0]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["shared", "independent"])
+def test_two_processes_give_the_scores_of_one(run, clips_folder, tmp_path, noise):
+    one = run("--noise", noise)["metrics"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "evaluate.py", "--M=3", "--noise", noise,
+               "--dataset", "csv", "--annotations", clips_folder / "clips.csv", "--videos", clips_folder / "clips", "--device", "cpu"]  # fmt: skip
+    subprocess.run([str(word) for word in command], cwd=tmp_path, check=True, capture_output=True)
+    assert json.loads((tmp_path / "runs" / "one" / "results.json").read_text())["metrics"] == one
+
+
+def _share(rank, world, store, whole, parts):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    first, last = VIDEOS * rank // world, VIDEOS * (rank + 1) // world
+    part = scores(model, text, frames[first:last], noise)
+    assert (gather(part.T.contiguous()).T - whole).abs().max() < 1e-6
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_columns_scored_by_three_processes_are_gathered_in_order(tmp_path):
+    """Five videos over three processes: unequal shares."""
+    torch.multiprocessing.spawn(_share, (3, str(tmp_path / "store"), scores(model, text, frames, noise), None), nprocs=3)

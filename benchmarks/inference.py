@@ -1,0 +1,198 @@
+"""How fast, and in how much memory, all pairs are scored: evaluate.scores beside the literal form, and beside the products it must do.
+
+    python benchmarks/inference.py                # the table for N x N pairs: about 4 minutes on 2 cores
+    python benchmarks/inference.py --large        # also MSVD's and MSR-VTT's full sizes and one query against 10^6 videos (13 GB of disk)
+
+d = 512, T' = 12, M = 20, float32, random features of CLIP's scale, one psi head. Every case runs in a process of its own; memory is the
+growth of its peak beyond features and scores. Writes benchmarks/inference.json and assets/inference.png. Ratios are within one run.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from evaluate import default_block, noise_bank, retrieval_metrics, scores, scores_literal  # noqa: E402
+from model import Radius, XPool  # noqa: E402
+
+DIM, FRAMES, M = 512, 12, 20
+
+
+class Heads(torch.nn.Module):
+    """psi and R with random weights: all that scoring needs of a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fusion, self.radius = XPool(DIM), Radius("linear", FRAMES, DIM)
+        for parameter in self.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        self.eval().requires_grad_(False)
+
+
+def literal_blocked(model, text, frames, noise, side: int = 32) -> torch.Tensor:
+    """The literal form in blocks of side x side pairs, so that it fits memory."""
+    rows = [torch.cat([scores_literal(model, t, f, noise) for f in frames.split(side)], dim=1) for t in text.split(side)]
+    return torch.cat(rows)
+
+
+def floor(model, text, frames, noise) -> torch.Tensor:
+    """The bare matrix products that the fast form must do, at its block size, on random operands: nothing else."""
+    side = int(default_block(DIM, text.device) ** 0.5)
+    pairs, device = side * side, text.device
+    q, key, a = (
+        torch.randn(side, DIM, device=device),
+        torch.randn(side * FRAMES, DIM, device=device),
+        torch.randn(side, side, FRAMES + 2, device=device),
+    )
+    atoms, s, w = (
+        torch.randn(side, FRAMES + 2, DIM, device=device),
+        torch.randn(pairs, FRAMES, device=device),
+        torch.randn(FRAMES, DIM, device=device),
+    )
+    x, e = torch.randn(pairs, DIM, device=device), noise.T.contiguous()
+    for _ in range(max(1, len(text) * len(frames) // pairs)):
+        q @ key.T, q @ key.T, q @ atoms.flatten(0, 1).T  # attention, S, t . v
+        a @ atoms, s @ w  # v, R
+        x @ e, x @ e, x @ e  # M draws
+    return torch.zeros(1)
+
+
+FORMS = {"fast": scores, "literal, blocked": literal_blocked, "literal": scores_literal, "bare products": floor}
+
+
+def peak() -> float:
+    """Peak memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def case(form: str, texts: int, videos: int, device: str, dtype: str, result) -> None:
+    """Runs one case in this process and sends {seconds, pairs/s, GiB} back."""
+    model, generator = Heads().to(device, getattr(torch, dtype)), torch.Generator().manual_seed(0)
+    text = (0.45 * torch.randn(texts, DIM, generator=generator)).to(device, getattr(torch, dtype))
+    frames = (0.45 * torch.randn(videos, FRAMES, DIM, generator=generator)).to(device, getattr(torch, dtype))
+    noise = noise_bank(M, DIM, 0).to(device, getattr(torch, dtype))
+    with torch.no_grad():
+        FORMS[form](model, text[:64], frames[:64], noise)  # warm up
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        before, started = peak(), time.perf_counter()
+        out = FORMS[form](model, text, frames, noise)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak() - before - out.numel() * 4 / 2**30
+    extra = {}
+    if texts == videos and form == "fast":
+        extra["R@1"] = retrieval_metrics(out.float(), torch.arange(texts, device=device))["t2v"]["R@1"]
+    result.put(dict(form=form, texts=texts, videos=videos, device=device, dtype=dtype, seconds=seconds, gib=max(0.0, gib), **extra))
+
+
+def query_case(videos: int, folder: str, result) -> None:
+    """One query against float16 features in a memory map."""
+    path = Path(folder) / "frames.f16"
+    part = (0.45 * torch.randn(10_000, FRAMES, DIM)).half().numpy()
+    with path.open("wb") as file:
+        for _ in range(videos // 10_000):
+            file.write(part)
+    frames = torch.from_numpy(np.memmap(path, np.float16, "r+", shape=(videos, FRAMES, DIM)))
+    model, text, noise = Heads(), 0.45 * torch.randn(1, DIM), noise_bank(M, DIM, 0)
+    scores(model, text, frames[:1000], noise)
+    started = time.perf_counter()
+    scores(model, text, frames, noise)
+    result.put(dict(form="one query", texts=1, videos=videos, device="cpu", dtype="float16 map", seconds=time.perf_counter() - started, gib=None))
+
+
+def run(function, *arguments) -> dict:
+    context = multiprocessing.get_context("spawn")
+    result = context.Queue()
+    process = context.Process(target=function, args=(*arguments, result))
+    process.start()
+    while process.is_alive() and result.empty():
+        time.sleep(0.05)
+    row = result.get(timeout=5) if not result.empty() or process.exitcode == 0 else dict(failed=process.exitcode)
+    process.join()
+    if "seconds" in row:
+        pairs = row["texts"] * row["videos"]
+        memory = "" if row["gib"] is None else f"{row['gib']:7.2f} GiB"
+        print(
+            f"{row['form']:<17} {row['texts']:>6} x {row['videos']:<8} {row['dtype']:<12} {row['seconds']:8.2f} s {pairs / row['seconds'] / 1e3:9.1f} k pairs/s {memory}",
+            flush=True,
+        )
+    else:
+        print(f"{arguments}: did not finish, exit code {row['failed']}", flush=True)
+    return row
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Seconds against pairs, log-log, a line for each form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    styles = {"literal": ("#d55e00", "s"), "literal, blocked": ("#e69f00", "^"), "fast": ("#0072b2", "o"), "bare products": ("0.5", "x")}
+    for form, (colour, marker) in styles.items():
+        points = sorted(
+            (r["texts"] * r["videos"], r["seconds"]) for r in rows if r.get("form") == form and r["device"] == "cpu" and r["dtype"] == "float32"
+        )
+        axis.plot(*zip(*points), color=colour, marker=marker, label=form)
+    axis.set(xscale="log", yscale="log", xlabel="text-video pairs (d = 512, T' = 12, M = 20)", ylabel="seconds")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Runs the cases, prints their ratios, writes the JSON and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", action="store_true", help="also the sizes of MSVD and MSR-VTT (full test), and one query against 10^6 videos")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1000])
+    args = parser.parse_args()
+    rows = []
+    for n in args.sizes:
+        for form in ("fast", "bare products", "literal, blocked", "literal"):
+            if form == "literal" and n > 512:
+                print(f"literal           {n} x {n}: not run, t_s alone takes {M * n * n * DIM * 4 / 2**30:.0f} GiB")
+                continue
+            rows.append(run(case, form, n, n, "cpu", "float32"))
+    rows.append(run(case, "fast", 316, 316, "cpu", "float32"))  # 10^5 pairs
+    if args.large:
+        rows.append(run(case, "fast", 3162, 3162, "cpu", "float32"))  # 10^7
+        rows.append(run(case, "fast", 27_763, 670, "cpu", "float32"))
+        rows.append(run(case, "fast", 59_800, 2_990, "cpu", "float32"))
+        with tempfile.TemporaryDirectory() as folder:
+            rows += [run(query_case, videos, folder) for videos in (10**4, 10**5, 10**6)]
+    if torch.cuda.is_available():
+        for n in (*args.sizes, 10_000):
+            rows += [run(case, "fast", n, n, "cuda", dtype) for dtype in ("float32", "bfloat16")]
+    else:
+        print("CUDA: not run (no device)")
+
+    seconds = {(r["form"], r["texts"]): r["seconds"] for r in rows if r.get("device") == "cpu" and r["texts"] == r["videos"]}
+    for n in args.sizes:
+        print(f"N = {n}: fast takes 1/{seconds['literal, blocked', n] / seconds['fast', n]:.0f} of the literal blocked form's time, "
+              f"{seconds['fast', n] / seconds['bare products', n]:.2f} times the bare products'")  # fmt: skip
+    about = dict(
+        machine=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        command=" ".join(sys.argv),
+    )
+    (ROOT / "benchmarks" / "inference.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    plot([row for row in rows if "seconds" in row], ROOT / "assets" / "inference.png")
+
+
+if __name__ == "__main__":
+    main()
