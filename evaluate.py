@@ -190,13 +190,14 @@ def scores(
     noise = noise.to(text) if isinstance(noise, Tensor) else noise
     queries = _Queries.of(model, text)
     out = text.new_empty(len(text), len(frames))
+    room = text.new_empty(2, rows * columns, dim)  # memory for v and for R t, R R, once for all blocks: no new pages in the loop
     starts = range(0, len(frames), columns)
     for first in tqdm(starts, desc="scores", leave=False, disable=not progress or len(out) * len(frames) < 10**6):
         videos = slice(first, min(first + columns, len(frames)))
         fused = _Videos.of(model, queries, frames[videos].to(text), None if own_text is None else own_text[videos])
         for t in range(0, len(text), rows):
             texts = slice(t, min(t + rows, len(text)))
-            out[texts, videos] = _score_block(model, queries, fused, texts, videos, noise)
+            out[texts, videos] = _score_block(model, queries, fused, texts, videos, noise, room)
     return out
 
 
@@ -305,7 +306,7 @@ def _pool_then_project(psi: XPool, query: Tensor, frames: Tensor) -> Tensor:
 
 
 def _score_block(
-    model: TMASS, queries: _Queries, fused: _Videos, texts: slice, videos: slice, noise: Tensor | PairNoise | Expectation
+    model: TMASS, queries: _Queries, fused: _Videos, texts: slice, videos: slice, noise: Tensor | PairNoise | Expectation, room: Tensor
 ) -> Float[Tensor, "texts videos"]:
     text, square = queries.text[texts], queries.square[texts]
     if fused.video is not None:
@@ -321,7 +322,7 @@ def _score_block(
         return (dot / length / square.clamp_min(1e-24).sqrt()).T
     radius = model.radius.from_similarities(_products(fused.unit, queries.unit[texts]).mT)  # (videos, texts, dim)
     if fused.video is None:
-        video = A.mT @ fused.atoms
+        video = torch.bmm(A.mT, fused.atoms, out=room[0, : radius.shape[0] * radius.shape[1]].view_as(radius))
     if isinstance(noise, Expectation):
         return noise.of(text, radius, video).T
     if isinstance(noise, PairNoise):
@@ -329,8 +330,9 @@ def _score_block(
         best = torch.stack([F.cosine_similarity(text + radius * e, video, dim=-1, eps=1e-12) for e in eps])
         return best.amax(dim=0).T
     dots = torch.addmm(dot.flatten(), noise, video.mul_(radius).flatten(0, 1).T)  # (M, pairs)
-    squares = (noise @ (radius * text).flatten(0, 1).T).mul_(2)
-    squares = squares.addmm_(noise.square(), radius.square().flatten(0, 1).T).add_(square.repeat(len(length)))
+    product = room[1, : dot.numel()].view_as(radius)
+    squares = (noise @ torch.mul(radius, text, out=product).flatten(0, 1).T).mul_(2)
+    squares = squares.addmm_(noise.square(), torch.mul(radius, radius, out=product).flatten(0, 1).T).add_(square.repeat(len(length)))
     best = (dots * squares.clamp_min_(1e-24).rsqrt_()).amax(dim=0)
     return (best.view_as(length) / length).T
 

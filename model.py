@@ -209,7 +209,7 @@ class Radius(nn.Module):
     def from_similarities(self, sims: Float[Tensor, "*pairs frames"]) -> Float[Tensor, "*pairs dim"]:
         """R of similarities S that are at hand already."""
         if self.kind == "linear":
-            return self.linear(sims).exp()
+            return self.linear(sims).exp_()  # in place: the exponent itself is not needed again
         mean = sims.mean(dim=-1, keepdim=True)
         theta = self.theta if self.kind == "scalar" else 1.0
         return (theta * mean).exp().expand(*sims.shape[:-1], self.dim)
