@@ -113,7 +113,7 @@ class Config:
 # that a data set has of its own and that we do not know for certain are left at the defaults.
 SMALL = dict(arch="tiny", weight_decay=0.01, augment=False)
 PRESETS: dict[str, dict] = {
-    "shapes": dict(**SMALL, freeze="vision", batch=64, clip_lr=3e-4, head_lr=5e-4, epochs=2),
+    "shapes": dict(**SMALL, freeze="vision", batch=64, clip_lr=3e-4, head_lr=5e-4, epochs=3),
     "pictures": dict(**SMALL, method="clip", num_frames=1, batch=128, clip_lr=1e-3, epochs=2),
     "lsmdc": dict(head_lr=1e-5, workers=8),
     **{name: dict(workers=8) for name in ("msrvtt", "didemo", "charades", "vatex", "msvd")},
