@@ -272,9 +272,9 @@ def _import_clip():
         with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which warns of its age
             import clip
     except RuntimeError:  # PyPI's torchvision is a CUDA build: beside a CPU-only torch it lacks two schemas (model.py has the same)
-        _import_clip.library = torch.library.Library("torchvision", "DEF")
+        _import_clip.schemas = torch.library.Library("torchvision", "DEF")
         for name in ("nms(Tensor dets, Tensor scores, float iou_threshold)", "qnms(Tensor dets, Tensor scores, float iou_threshold)"):
-            _import_clip.library.define(f"{name} -> Tensor")
+            _import_clip.schemas.define(f"{name} -> Tensor")
         return _import_clip()
     return clip
 

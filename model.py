@@ -35,7 +35,6 @@ class ModelError(ValueError):
 # ------------------------------------------------------------------------------------------------- phi: CLIP ("Text-Video Representations")
 
 
-ARCHS = ("tiny", "ViT-B/32", "ViT-B/16")
 # A CLIP of the package's own class with a ResNet trunk, small enough to pretrain on two CPU cores in minutes.
 TINY = dict(embed_dim=256, image_resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16, vision_patch_size=None,
             context_length=32, vocab_size=49408, transformer_width=128, transformer_heads=2, transformer_layers=2)  # fmt: skip
@@ -79,9 +78,9 @@ def _import_clip():
         with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which warns of its age
             import clip
     except RuntimeError:  # PyPI's torchvision is a CUDA build: beside a CPU-only torch it lacks two schemas (data.py has the same)
-        _import_clip.library = torch.library.Library("torchvision", "DEF")
+        _import_clip.schemas = torch.library.Library("torchvision", "DEF")
         for name in ("nms(Tensor dets, Tensor scores, float iou_threshold)", "qnms(Tensor dets, Tensor scores, float iou_threshold)"):
-            _import_clip.library.define(f"{name} -> Tensor")
+            _import_clip.schemas.define(f"{name} -> Tensor")
         return _import_clip()
     return clip
 

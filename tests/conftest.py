@@ -22,6 +22,11 @@ def realdata() -> Path:
     return REALDATA
 
 
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers that are the same in every test that asks for them."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def small_clip(trunk: str = "resnet", seed: int = 0) -> torch.nn.Module:
     """A random CLIP of the package's own class, small enough for a test; all sizes differ from each other."""
     torch.manual_seed(seed)

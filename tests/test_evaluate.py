@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, random_model, small_clip
+from conftest import ROOT, randn, random_model, small_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
@@ -32,10 +32,6 @@ from losses import cosine_scores
 from model import TMASS, ModelError, Radius, XPool, matched, save_checkpoint, stochastic_text
 
 TEXTS, VIDEOS, FRAMES, DIM, M = 7, 5, 4, 24, 6
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 text, frames, noise = 3 * randn(TEXTS, DIM), 5 * randn(VIDEOS, FRAMES, DIM, seed=1), noise_bank(M, DIM, 0)
@@ -312,7 +308,7 @@ def test_two_processes_give_the_scores_of_one(run, clips_folder, tmp_path, noise
     assert json.loads((tmp_path / "runs" / "one" / "results.json").read_text())["metrics"] == one
 
 
-def _share(rank, world, store, whole, parts):
+def _share(rank, world, store, whole):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     first, last = VIDEOS * rank // world, VIDEOS * (rank + 1) // world
     part = scores(model, text, frames[first:last], noise)
@@ -323,4 +319,4 @@ def _share(rank, world, store, whole, parts):
 @pytest.mark.slow
 def test_columns_scored_by_three_processes_are_gathered_in_order(tmp_path):
     """Five videos over three processes: unequal shares."""
-    torch.multiprocessing.spawn(_share, (3, str(tmp_path / "store"), scores(model, text, frames, noise), None), nprocs=3)
+    torch.multiprocessing.spawn(_share, (3, str(tmp_path / "store"), scores(model, text, frames, noise)), nprocs=3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_model, small_clip
+from conftest import ROOT, randn, random_model, small_clip
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from model import (
@@ -27,10 +27,6 @@ from model import (
 )
 
 M, TEXTS, VIDEOS, FRAMES, DIM = 6, 5, 3, 4, 8
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_(module: torch.nn.Module) -> torch.nn.Module:
