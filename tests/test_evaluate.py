@@ -53,6 +53,13 @@ def test_fast_scores_equal_the_literal_ones(kind, heads, texts, videos, count, d
     assert torch.allclose(scores(model, t, f, e, block=block), scores_literal(model, t, f, e), atol=2e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("noise", [noise, Expectation(M), PairNoise(M, seed=3)])
+def test_scores_do_not_depend_on_the_device(noise):
+    on_cuda = scores(random_model(frames=FRAMES).cuda(), text.cuda(), frames.cuda(), noise).cpu()
+    assert torch.allclose(on_cuda, scores(model, text, frames, noise), atol=2e-5)
+
+
 @pytest.mark.parametrize("block", [1, 6, None])
 def test_own_draws_for_each_pair_do_not_depend_on_blocks_ranks_or_other_pairs(block):
     noise = PairNoise(M, seed=3)
