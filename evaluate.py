@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import data
-from data import Clip, ClipDataset, DataError, FrameCache
+from data import Clip, ClipDataset, DataError, FeatureCache, FrameCache
 from losses import cosine_scores
 from model import TMASS, ModelError, XPool, build_from_checkpoint, load_file, stochastic_text
 
@@ -48,21 +48,46 @@ class Features:
 
 
 @torch.no_grad()
-def extract_features(model: TMASS, clips: Sequence[Clip], cache: FrameCache, batch: int = 32, workers: int = 0, amp: bool = False) -> Features:
-    """phi_t of every caption and phi_v of every frame, in eval mode, on the model's device; float32."""
+def extract_features(
+    model: TMASS,
+    clips: Sequence[Clip],
+    cache: FrameCache,
+    batch: int = 32,
+    workers: int = 0,
+    amp: bool = False,
+    store: FeatureCache | None = None,
+    keep: bool = False,
+) -> Features:
+    """phi_t of every caption and phi_v of every frame, in eval mode, on the model's device; float32.
+
+    Features of clips that `store` holds are read from it; `keep`: the others are put into it, made without autocast."""
     training, device = model.training, model.logit_scale.device
     model.eval()
     dataset = ClipDataset(clips, cache, model.clip.context_length)
-    order = [list(range(k, min(k + batch, len(clips)))) for k in range(0, len(clips), batch)]
-    frames, text = [], []
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
-        for images, _ in tqdm(data.batches(dataset, order, workers), total=len(order), desc="features", disable=len(order) < 20, leave=False):
-            frames.append(model.encode_frames(data.normalise(images.to(device))))
+    frames: list[Tensor | None] = [store.load(clip) if store else None for clip in clips]
+    todo = [k for k, known in enumerate(frames) if known is None]
+    order = [todo[k : k + batch] for k in range(0, len(todo), batch)]
+    text = []
+    bar = functools.partial(tqdm, desc="features", total=len(order), disable=len(order) < 20, leave=False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp and not keep and device.type == "cuda"):
+        for numbers, (images, _) in zip(order, bar(data.batches(dataset, order, workers))):
+            for k, features in zip(numbers, model.encode_frames(data.normalise(images.to(device)))):
+                frames[k] = features
+                if store and keep:
+                    store.save(clips[k], features)
         for tokens in torch.cat(dataset.tokens).split(8 * batch):
             text.append(model.encode_text(tokens.to(device)))
     model.train(training)
     owner = torch.repeat_interleave(torch.arange(len(clips)), torch.tensor([len(clip.captions) for clip in clips]))
-    return Features(torch.cat(text), torch.cat(frames), owner.to(device))
+    return Features(torch.cat(text), torch.stack([known.to(device) for known in frames]), owner.to(device))
+
+
+def feature_cache(cache: FrameCache, model: TMASS) -> FeatureCache:
+    """Where the features that phi_v of this model makes are kept: beside the frames, by a hash of its weights."""
+    weights = hashlib.sha256()
+    for name, value in model.clip.visual.state_dict().items():
+        weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return FeatureCache(cache, weights.hexdigest()[:16])
 
 
 # ------------------------------------------------------------------------------------------------------------------------- scores
@@ -479,8 +504,8 @@ class EvaluationConfig:
     """released: video j pooled by its own caption for every query, as the released evaluator does: it LEAKS; for comparison only"""
     dsl: bool = False
     """dual softmax: transductive, uses all test queries at once"""
-    captions: Literal["all", "first"] = "all"
-    """first: one caption a clip"""
+    captions: Literal["all", "first", "joined"] = "all"
+    """all: every caption is a query; first: one caption a clip; joined: all captions of a clip in one (papers on VATEX differ in this)"""
     seed: int = 0
     """of the noise"""
     split: Literal["test", "val"] = "test"
@@ -495,6 +520,8 @@ class EvaluationConfig:
     """folder of data sets and of the cache of decoded frames"""
     out: Path | None = None
     """folder for what is written; default: each run's own"""
+    allow_missing: bool = False
+    """score the videos that are there, and say how many; without it, missing or unreadable videos are an error (a smaller gallery flatters)"""
     batch: int = 32
     """clips encoded at once"""
     workers: int = 0
@@ -547,6 +574,25 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 
+def readable(clips: list[Clip], cache: FrameCache, store: FeatureCache, allow_missing: bool) -> list[Clip]:
+    """The clips whose frames can be had: all, or an error that says which is the first that cannot. Under torchrun each process looks after
+    its share. Raises DataError."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    failures = cache.fill([clip for clip in clips[rank::world] if store.load(clip) is None])
+    if world > 1:
+        everyones: list[dict[str, str]] = [{}] * world
+        dist.all_gather_object(everyones, failures)
+        failures = {name: reason for found in everyones for name, reason in found.items()}
+    if failures and not allow_missing:
+        first = next(failures[clip.id] for clip in clips if clip.id in failures)
+        raise DataError(f"{len(failures)} of {len(clips)} videos to evaluate on cannot be read, and a smaller gallery flatters the score "
+                        f"({first}): mend them, or add --allow-missing.")  # fmt: skip
+    left = [clip for clip in clips if clip.id not in failures]
+    if not left:
+        raise DataError(f"none of the {len(clips)} videos to evaluate on can be read: {next(iter(failures.values()))}")
+    return left
+
+
 def evaluate(config: EvaluationConfig, path: Path) -> dict:
     """Evaluates one checkpoint; writes results.json, ranks.png and retrieved.png; returns what results.json holds.
 
@@ -561,17 +607,19 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
     dataset = config.dataset or trained.get("dataset", "shapes")
     sources = [getattr(config, name) or (Path(trained[name]) if trained.get(name) else None) for name in ("annotations", "videos")]
     clips = data.of_split(data.read_clips(dataset, config.data, *sources), config.split)
-    if config.captions == "first":
-        clips = [replace(clip, captions=clip.captions[:1]) for clip in clips]
+    if config.captions != "all":
+        chosen = {"first": lambda captions: captions[:1], "joined": lambda captions: (" ".join(captions),)}[config.captions]
+        clips = [replace(clip, captions=chosen(clip.captions)) for clip in clips]
     if config.protocol == "released" and sum(len(clip.captions) for clip in clips) != len(clips):
-        raise ModelError("--protocol released is defined for one caption a video, and some of these have several: add --captions first.")
+        raise ModelError("--protocol released is defined for one caption a video, and some of these have several: add --captions first or joined.")
+    cache = FrameCache(data.cache_folder(dataset, config.data, sources[1]), model.arguments["num_frames"], model.resolution)
+    store = feature_cache(cache, model)
+    listed, clips = len(clips), readable(clips, cache, store, config.allow_missing)
     if world > len(clips):
         raise ModelError(f"{world} processes for {len(clips)} videos: start fewer.")
 
     first, last = len(clips) * rank // world, len(clips) * (rank + 1) // world
-    cache = FrameCache(config.data / "cache", model.arguments["num_frames"], model.resolution)
-    cache.fill(clips[first:last])
-    features = extract_features(model, clips[first:last], cache, config.batch, config.workers, config.amp)
+    features = extract_features(model, clips[first:last], cache, config.batch, config.workers, config.amp, store)
     own_text = features.text if config.protocol == "released" else None
     text, owner = gather(features.text), gather(features.owner + first)
     seconds_features, started = time.time() - started, time.time()
@@ -594,6 +642,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
     about = f", M = {M}" if M else ""
     about += ", expected" if M and config.score == "expected" else ", independent noise" if M and config.noise == "independent" else ""
     about += (", DSL (transductive)" if config.dsl else "") + (", LEAKS" if config.protocol == "released" else "")
+    about += f", {len(clips)} of {listed} videos" if len(clips) < listed else ""
     result = {
         "name": METHODS[model.arguments["method"]] + about,
         "checkpoint": str(file),
@@ -603,6 +652,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         "split": config.split,
         "texts": len(text),
         "videos": len(clips),
+        "missing": listed - len(clips),
         "M": M,
         "seed": config.seed,
         "metrics": metrics,
@@ -616,7 +666,10 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
         rank_histogram(out / "ranks.png", text_to_video_ranks(matrix, owner), len(clips))
-        contact_sheet(out / "retrieved.png", matrix.cpu(), owner.cpu(), clips, cache)
+        try:
+            contact_sheet(out / "retrieved.png", matrix.cpu(), owner.cpu(), clips, cache)
+        except DataError as error:  # kept features may have outlived videos and frames
+            print(f"no retrieved.png: {error}", file=sys.stderr)
     return {**result, "out": str(out)}
 
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 import data
 from data import Clip, ClipDataset, DataError, FrameCache
-from evaluate import choose_device, extract_features, noise_bank, open_checkpoint, retrieval_metrics, scores
+from evaluate import choose_device, extract_features, feature_cache, noise_bank, open_checkpoint, retrieval_metrics, scores
 from losses import cosine_scores, symmetric_cross_entropy, tmass_loss
 from model import TMASS, ModelError, load_clip, load_file, matched, save_checkpoint, stochastic_text, support_text
 
@@ -38,12 +38,12 @@ from model import TMASS, ModelError, load_clip, load_file, matched, save_checkpo
 class Config:
     """Everything that decides a run. Defaults are the paper's; a data set's preset comes before them, and a flag before both."""
 
-    dataset: Literal["shapes", "csv", "msrvtt", "lsmdc", "didemo", "charades", "vatex", "msvd", "pictures"] = "shapes"
+    dataset: Literal["shapes", "csv", "msrvtt", "msrvtt-7k", "msrvtt-full", "lsmdc", "didemo", "charades", "vatex", "msvd", "pictures"] = "shapes"
     """which clips and captions; shapes is built in and trains on a CPU in minutes (pictures: what the tiny CLIP is pretrained on)"""
     annotations: Path | None = None
-    """for csv: a file of video,caption[,split]"""
+    """for csv: a file of video,caption[,split]; for the others: the folder of annotations, where it is not DATA/DATASET"""
     videos: Path | None = None
-    """for csv: the folder of video files"""
+    """the folder of video files; for csv needed, for the others where it is not DATA/DATASET"""
     data: Path = Path("data")
     """folder of data sets and of the cache of decoded frames"""
     out: Path | None = None
@@ -58,9 +58,11 @@ class Config:
     weights: Path | None = None
     """CLIP's weights as a file, for machines without network"""
     freeze: Literal["none", "vision"] = "none"
-    """vision: phi_v keeps its weights, and its features are computed once: training psi, R and phi_t then costs a tenth"""
+    """vision: phi_v keeps its weights, and its features are computed once and kept: training psi, R and phi_t then costs a tenth"""
     num_frames: int = 12
     """T', frames a clip"""
+    sampling: Literal["uniform", "random"] = "uniform"
+    """of frames in training: the midpoints of T' segments, or a random one of five in each segment; validation and test take midpoints"""
     heads: int = 1
     """attention heads of psi"""
     dropout: float = 0.3
@@ -116,7 +118,7 @@ PRESETS: dict[str, dict] = {
     "shapes": dict(**SMALL, freeze="vision", batch=64, clip_lr=3e-4, head_lr=5e-4, epochs=3),
     "pictures": dict(**SMALL, method="clip", num_frames=1, batch=128, clip_lr=1e-3, epochs=2),
     "lsmdc": dict(head_lr=1e-5, workers=8),
-    **{name: dict(workers=8) for name in ("msrvtt", "didemo", "charades", "vatex", "msvd")},
+    **{name: dict(workers=8) for name in ("msrvtt", "msrvtt-7k", "msrvtt-full", "didemo", "charades", "vatex", "msvd")},
 }
 # Mean pooling on the built-in clips is the second half of the tiny CLIP's own pretraining: all of it learns.
 PRETRAINING = dict(freeze="none", batch=32, clip_lr=1e-3, epochs=1, max_steps=200)
@@ -170,6 +172,24 @@ def read_data(config: Config) -> tuple[list[Clip], list[Clip]]:
     """Training and validation clips. The test split is read by evaluate.py alone."""
     clips = data.read_clips(config.dataset, config.data, config.annotations, config.videos)
     return data.of_split(clips, "train"), data.of_split(clips, "val")
+
+
+def without(clips: list[Clip], skipped: dict[str, str]) -> list[Clip]:
+    """The clips whose frames can be had. Raises DataError when none is left."""
+    left = [clip for clip in clips if clip.id not in skipped]
+    if not left:
+        raise DataError(f"none of the {len(clips)} {clips[0].split} clips can be read: {skipped[clips[0].id]}")
+    return left
+
+
+def record_data(out: Path, clips: list[Clip], val_clips: list[Clip], skipped: dict[str, str]) -> None:
+    """data.json: the clips of this run's validation, and those that were skipped, each with the reason; says how many these are."""
+    content = dict(train=len(clips), val=[clip.id for clip in val_clips], skipped=skipped)
+    (out / "data.json").write_text(json.dumps(content, indent=1) + "\n")
+    if skipped:
+        print(
+            f"{len(skipped)} clips cannot be read and are skipped, listed in {out}/data.json; the first: {next(iter(skipped.values()))}", flush=True
+        )
 
 
 def run_folder(config: Config) -> Path:
@@ -245,7 +265,8 @@ def train_mode(model: TMASS, config: Config) -> None:
 
 def validate(model: TMASS, clips: list[Clip], cache: FrameCache, config: Config) -> dict[str, dict[str, float]]:
     """Metrics on the validation split, exactly as evaluate.py makes them."""
-    features = extract_features(model, clips, cache, config.batch, config.workers, config.amp)
+    store = feature_cache(cache, model) if config.freeze == "vision" else None
+    features = extract_features(model, clips, cache, config.batch, config.workers, config.amp, store, keep=store is not None)
     noise = noise_bank(config.M, features.text.shape[1], config.seed, config.prior, config.prior_std)
     return retrieval_metrics(scores(model.eval(), features.text, features.frames, noise), features.owner)
 
@@ -255,17 +276,21 @@ def train(config: Config) -> Path:
 
     Ctrl-C or SIGTERM ends the step, saves, and stops. Raises DataError and ModelError, each with a sentence for the user."""
     device = choose_device(config.device)
-    if config.freeze == "vision" and config.augment:
-        raise ModelError("--freeze vision computes the features of each clip once: add --no-augment.")
+    if config.freeze == "vision" and (config.augment or config.sampling == "random"):
+        raise ModelError("--freeze vision computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
     torch.manual_seed(config.seed)
     model = build(config).to(device)
     clips, val_clips = read_data(config)
-    cache = FrameCache(config.data / "cache", config.num_frames, model.resolution)
-    cache.fill([*clips, *val_clips])
+    cache = FrameCache(
+        data.cache_folder(config.dataset, config.data, config.videos), config.num_frames, model.resolution, data.CHOICES[config.sampling]
+    )
+    store = feature_cache(cache, model) if config.freeze == "vision" else None
+    skipped = cache.fill([clip for clip in [*clips, *val_clips] if not (store and store.load(clip) is not None)])
+    clips, val_clips = without(clips, skipped), without(val_clips, skipped)
     dataset = ClipDataset(clips, cache, model.clip.context_length)
     if config.freeze == "vision":
         model.clip.visual.requires_grad_(False)
-        dataset.features = extract_features(model, clips, cache, config.batch, config.workers, config.amp).frames.cpu()
+        dataset.features = extract_features(model, clips, cache, config.batch, config.workers, store=store, keep=True).frames.cpu()
 
     per_epoch = len(data.epoch_batches(clips, config.batch, config.seed, 0))
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)
@@ -287,6 +312,7 @@ def train(config: Config) -> Path:
         step, best = state["step"], state["best"]
     log = Log(out, step)
     about = dict(config=plain(config), data=fingerprint, commit=git_commit())
+    record_data(out, clips, val_clips, skipped)
 
     def save() -> None:
         more = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), step=step, best=best)
@@ -298,6 +324,7 @@ def train(config: Config) -> Path:
         while step < total:
             epoch, done = divmod(step, per_epoch)
             dataset.augmentation = (config.seed, epoch) if config.augment else None
+            dataset.sampling = (config.seed, epoch) if config.sampling == "random" else None
             order = data.epoch_batches(clips, config.batch, config.seed, epoch)[done : done + total - step]
             for images, tokens in data.batches(dataset, order, config.workers, pin_memory=device.type == "cuda"):
                 torch.manual_seed(config.seed * 1_000_003 + step)  # dropout's and eps's: a step's number is all of its luck

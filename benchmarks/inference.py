@@ -207,8 +207,8 @@ def main() -> None:
     seconds = {(r["form"], r["texts"]): r["seconds"] for r in rows if r.get("device") == "cpu" and r["texts"] == r["videos"]}
     for n in args.sizes:
         drawn, shared = (seconds[form, n] / seconds["fast", n] for form in ("literal, blocked, own draws", "literal, blocked"))
-        print(f"N = {n}: fast takes 1/{drawn:.0f} of the literal blocked form's time with each pair's own draws (as the paper reads), 1/{shared:.0f} with "
-              f"shared draws, and {seconds['fast', n] / seconds['bare products', n]:.2f} times the bare products'")  # fmt: skip
+        print(f"N = {n}: fast takes 1/{drawn:.0f} of the literal blocked form's time with each pair's own draws (as the paper reads), "
+              f"1/{shared:.0f} with shared draws, and {seconds['fast', n] / seconds['bare products', n]:.2f} times the bare products'")  # fmt: skip
     about = dict(
         machine=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         command=" ".join(sys.argv),

@@ -1,15 +1,20 @@
 import hashlib
+import re
 import shutil
 import subprocess
+import sys
+import time
 import warnings
+import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import message
+from conftest import ROOT, message
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,14 +22,13 @@ from PIL import Image
 import data
 from data import (
     ClipDataset,
+    FeatureCache,
     FrameCache,
     augment,
     center_crop,
     decode_frames,
     epoch_batches,
     normalise,
-    read_clips,
-    read_csv,
     resize,
     segment_midpoints,
 )
@@ -101,6 +105,33 @@ def test_broken_files_are_errors_and_odd_files_are_not(realdata):
             assert_exact(path, 12)
 
 
+def times(path) -> list[float]:
+    """When each frame is shown, by a full decode."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-i", f"file:{path}", "-map", "0:v:0", "-vf", "showinfo", "-fps_mode", "passthrough"]
+    log = subprocess.run([*command, "-f", "null", "-"], capture_output=True, check=True, text=True).stderr
+    return [float(time) for time in re.findall(r"pts_time:\s*([-0-9.]+)", log)]
+
+
+def assert_window_exact(path, num_frames: int, start: float, end: float) -> None:
+    whole = all_frames(path)
+    inside = [frame for frame, time in zip(whole, times(path), strict=True) if start <= time < end]
+    assert [md5(frame) for frame in decode_frames(path, num_frames, start, end)] == [inside[n] for n in segment_midpoints(len(inside), num_frames)]
+
+
+@pytest.mark.parametrize("start,end", [(0.0, 1.0), (1.0, 2.0), (0.5, 30.0), (2.05, 2.3)])
+def test_frames_of_a_window_are_those_shown_in_it(clips, start, end):
+    assert_window_exact(clips[3].path, 5, start, end)
+
+
+def test_windows_of_real_clips_are_exact(realdata):
+    for name in ("playing_guitar.mp4", "flipping_a_pancake.mkv", "mmaction_test.avi"):
+        assert_window_exact(realdata / "clips" / name, 4, 1.0, 3.5)
+
+
+def test_a_window_behind_the_end_is_an_error(clips):
+    assert "holds no frame from 60 s to 90 s" in message(decode_frames, clips[0].path, 4, 60.0, 90.0)
+
+
 def test_a_clip_cut_short_is_an_error(clips, tmp_path):
     whole = clips[0].path.read_bytes()
     for name, content in {"empty.mp4": b"", "text.mp4": b"<html>404</html>", "cut.mp4": whole[: len(whole) // 2]}.items():
@@ -114,7 +145,7 @@ def test_a_clip_cut_short_is_an_error(clips, tmp_path):
 
 @pytest.mark.parametrize("height,width", [(96, 96), (48, 100), (101, 47), (33, 32)])
 def test_preprocessing_equals_clips_own(height, width):
-    from clip.clip import _transform
+    _transform = data._import_clip().clip._transform
 
     frame = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     ours = normalise(center_crop(torch.from_numpy(resize(frame, 32).copy()).permute(2, 0, 1)[None], 32))[0]
@@ -152,45 +183,151 @@ def test_tokens_start_and_end_and_long_captions_are_cut():
 # ------------------------------------------------------------------------------------------------------------------------- cache
 
 
-def test_cached_frames_are_the_decoded_ones(clips, tmp_path):
+def test_cached_frames_are_the_decoded_ones_but_for_jpeg(clips, tmp_path):
+    cache = FrameCache(tmp_path, 5, 64)
+    expected = np.stack([resize(frame, 64) for frame in decode_frames(clips[0].path, 5)])
+    first, second = cache.frames(clips[0]), cache.frames(clips[0])  # decoded, then from disk
+    assert np.array_equal(first, second) and first.shape == expected.shape == (5, 64, 64, 3)
+    assert np.abs(first.astype(int) - expected).mean() < 2  # of 255
+
+
+def test_the_cache_holds_one_file_a_clip_that_any_zip_tool_opens(clips, tmp_path):
     cache = FrameCache(tmp_path, 5, 32)
-    expected = np.stack([resize(frame, 32) for frame in decode_frames(clips[0].path, 5)])
-    for _ in range(2):  # decoded, then from disk
-        assert np.array_equal(cache.frames(clips[0]), expected)
+    assert cache.fill(clips[:3]) == {}
+    assert sorted(path.name for path in cache.folder.iterdir()) == [f"clip0000{k}.mp4.zip" for k in range(3)]
+    with zipfile.ZipFile(cache.path(clips[0])) as file:
+        assert file.namelist() == [f"{k:03d}.jpg" for k in range(5)] and file.testzip() is None
 
 
-def test_cache_notices_a_changed_video_and_other_settings(clips, tmp_path):
+def test_cache_notices_a_changed_video_another_window_and_other_settings(clips, tmp_path):
     path = tmp_path / "clip.mp4"
     shutil.copy(clips[0].path, path)
     clip = data.Clip("clip", path, ("a caption",), "train")
     cache = FrameCache(tmp_path / "cache", 5, 32)
     before = cache.frames(clip)
     shutil.copy(clips[1].path, path)
-    assert not np.array_equal(cache.frames(clip), before)
+    other = cache.frames(clip)
+    assert not np.array_equal(other, before)
+    assert not np.array_equal(cache.frames(replace(clip, end=1.0)), other)
     assert FrameCache(tmp_path / "cache", 6, 32).frames(clip).shape == (6, 32, 32, 3)
     assert FrameCache(tmp_path / "cache", 5, 48).frames(clip).shape == (5, 48, 48, 3)
 
 
-def test_a_half_written_cache_file_is_never_read(clips, tmp_path, monkeypatch):
-    cache = FrameCache(tmp_path, 5, 32)
-
-    def killed(file, frames):
-        file.write(b"half a fi")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data.np, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        cache.frames(clips[0])
-    monkeypatch.undo()
-    assert not cache.path(clips[0]).exists() and cache.frames(clips[0]).shape == (5, 32, 32, 3)
-
-
-def test_fill_keeps_what_it_can_and_names_what_failed(clips, tmp_path):
-    (tmp_path / "bad.mp4").write_text("no video")
-    bad = data.Clip("bad", tmp_path / "bad.mp4", ("a caption",), "train")
+def test_a_video_may_go_once_it_is_cached(clips, tmp_path):
+    clip = replace(clips[0], path=tmp_path / "clip.mp4")
+    shutil.copy(clips[0].path, clip.path)
     cache = FrameCache(tmp_path / "cache", 5, 32)
-    assert "bad.mp4 holds no readable video" in message(cache.fill, [clips[0], bad, clips[1]])
+    frames = cache.frames(clip)
+    clip.path.unlink()
+    assert cache.fill([clip]) == {} and np.array_equal(cache.frames(clip), frames)
+
+
+def test_any_id_is_a_file_of_its_own(clips, tmp_path):
+    ids = ["-dash_5_15", "a/b", "a%2Fb", "..", "26292851@N04_4253489686_265c3c8051.", "日本 clip", "q" * 300, "q" * 300 + "r", "x [0-10]"]
+    cache = FrameCache(tmp_path / "cache", 1, 8)
+    named = [replace(clips[k], id=name) for k, name in enumerate(ids)]
+    assert cache.fill(named) == {}
+    assert len(list(cache.folder.iterdir())) == len(ids)
+    assert all(np.array_equal(cache.frames(clip), FrameCache(tmp_path / "plain", 1, 8).frames(clips[k])) for k, clip in enumerate(named))
+
+
+def test_a_half_written_or_damaged_cache_file_is_never_taken_for_whole(clips, tmp_path):
+    cache = FrameCache(tmp_path, 5, 32)
+    frames = cache.frames(clips[0])
+    whole = cache.path(clips[0]).read_bytes()
+    for part in (b"", whole[: len(whole) // 2], whole[:-1]):
+        cache.path(clips[0]).write_bytes(part)
+        assert np.array_equal(cache.frames(clips[0]), frames) and cache.path(clips[0]).read_bytes() == whole
+
+
+def test_fill_keeps_what_it_can_and_says_what_failed(clips, tmp_path):
+    (tmp_path / "bad.mp4").write_text("no video")
+    bad, gone = (data.Clip(name, tmp_path / f"{name}.mp4", ("a caption",), "train") for name in ("bad", "gone"))
+    cache = FrameCache(tmp_path / "cache", 5, 32)
+    failures = cache.fill([clips[0], bad, gone, clips[1]])
+    assert list(failures) == ["bad", "gone"]
+    assert "bad.mp4 holds no readable video" in failures["bad"] and "gone.mp4 not found" in failures["gone"]
     assert cache.path(clips[0]).exists() and cache.path(clips[1]).exists()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(clips, tmp_path, monkeypatch):
+    cache = FrameCache(tmp_path / "cache", 5, 32)
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "cannot be written (No space left on device)" in cache.fill([clips[0]])[clips[0].id]
+    assert list(cache.folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_caching_killed_at_any_moment_and_resumed_is_byte_for_byte_the_same(clips_folder, tmp_path):
+    flags = {"--annotations": clips_folder / "clips.csv", "--videos": clips_folder / "clips", "--num-frames": 3, "--size": 48}
+    command = [sys.executable, ROOT / "data.py", "cache", "--dataset", "csv", *(str(x) for pair in flags.items() for x in pair)]
+
+    def content(folder):
+        return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    subprocess.run([*command, "--data", tmp_path / "whole"], check=True, capture_output=True)
+    luck = np.random.default_rng(0)
+    for _ in range(2):
+        process = subprocess.Popen([*command, "--data", tmp_path / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        there = len(content(tmp_path / "killed"))
+        while process.poll() is None and len(content(tmp_path / "killed")) <= there:
+            time.sleep(0.002)
+        time.sleep(luck.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+    done = len(content(tmp_path / "killed"))
+    assert 0 < done
+    subprocess.run([*command, "--data", tmp_path / "killed"], check=True, capture_output=True)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole") and len(content(tmp_path / "whole")) == 24
+
+
+def test_random_sampling_takes_a_frame_of_each_segment_and_uniform_sampling_its_middle(clips, tmp_path):
+    """24 frames, 4 segments of 6: five choices a segment."""
+    cache, plain = FrameCache(tmp_path, 4, 32, choices=5), FrameCache(tmp_path, 4, 32)
+    assert np.array_equal(cache.frames(clips[0]), plain.frames(clips[0]))
+    numbers = segment_midpoints(24, 20)
+    kept = FrameCache(tmp_path, 20, 32).frames(clips[0])
+    seen = set()
+    for seed in range(40):
+        drawn = cache.frames(clips[0], torch.Generator().manual_seed(seed))
+        for segment, frame in enumerate(drawn):
+            choices = [k for k in range(5 * segment, 5 * segment + 5) if np.array_equal(kept[k], frame)]
+            assert choices, "a frame of its own segment"
+            assert all(6 * segment <= numbers[k] < 6 * segment + 6 for k in choices)
+            seen.add((segment, choices[0]))
+    assert len(seen) > 12
+
+
+@given(st.integers(1, 400), st.integers(1, 16))
+def test_the_middle_choice_of_a_segment_is_its_midpoint(count, num_frames):
+    assert segment_midpoints(count, 5 * num_frames)[2::5] == segment_midpoints(count, num_frames)
+
+
+def test_clips_shorter_than_the_frames_asked_for_can_be_sampled(clips, tmp_path):
+    short = replace(clips[0], end=0.4)  # 4 frames
+    cache = FrameCache(tmp_path, 12, 32, choices=5)
+    assert cache.frames(short, torch.Generator().manual_seed(0)).shape == (12, 32, 32, 3)
+
+
+def test_features_are_kept_and_made_anew_when_the_video_changes(clips, tmp_path):
+    clip = replace(clips[0], path=tmp_path / "clip.mp4")
+    shutil.copy(clips[0].path, clip.path)
+    cache = FrameCache(tmp_path / "cache", 3, 32)
+    store, features = FeatureCache(cache, "abc"), torch.randn(3, 24)
+    assert store.load(clip) is None
+    cache.fill([clip])
+    store.save(clip, features)
+    assert torch.equal(store.load(clip), features) and FeatureCache(cache, "other weights").load(clip) is None
+    clip.path.unlink()
+    assert torch.equal(store.load(clip), features)  # neither video nor CLIP is needed any more
+    shutil.copy(clips[1].path, clip.path)
+    assert store.load(clip) is None
+    store.path(clip).write_bytes(b"half a file")
+    assert store.load(clip) is None
 
 
 # ------------------------------------------------------------------------------------------------------------------------ loader
@@ -230,72 +367,3 @@ def test_items_hold_the_frames_and_the_caption_asked_for(clips, tmp_path):
     assert torch.equal(images, torch.from_numpy(cache.frames(clips[4])).permute(0, 3, 1, 2))
     assert torch.equal(tokens, data.tokenize([clips[4].captions[2]], 20)[0])
     assert not torch.equal(ClipDataset(clips, cache, 20, (0, 0))[4, 2][0], ClipDataset(clips, cache, 20, (0, 1))[4, 2][0])
-
-
-# ----------------------------------------------------------------------------------------------------------------------- readers
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_csv_gathers_the_captions_of_a_video(clips_folder, tmp_path):
-    rows = 'video,caption,split\nclip00001.mp4,"a, b",train\nclip00002.mp4,c,test\nclip00001.mp4,d,train\n'
-    one, two = read_csv(write(tmp_path / "a.csv", "\ufeff" + rows.replace("\n", "\r\n")), clips_folder / "clips")
-    assert (one.id, one.captions, one.split, two.split) == ("clip00001.mp4", ("a, b", "d"), "train", "test")
-    assert one.path == clips_folder / "clips" / "clip00001.mp4"
-
-
-def test_csv_names_may_lack_their_suffix(clips_folder, tmp_path):
-    (clip,) = read_csv(write(tmp_path / "a.csv", "video,caption,split\nclip00001,c,train\n"), clips_folder / "clips")
-    assert clip.path.name == "clip00001.mp4" and clip.id == "clip00001"
-
-
-def test_csv_without_splits_is_cut_by_the_names_alone(clips_folder, tmp_path):
-    names = [f"clip{k:05d}.mp4" for k in range(24)]
-    forth, back = (
-        {c.id: c.split for c in read_csv(write(tmp_path / "a.csv", "video,caption\n" + "".join(f"{n},c\n" for n in order)), clips_folder / "clips")}
-        for order in (names, names[::-1])
-    )
-    assert forth == back and Counter(forth.values()) == {"train": 20, "val": 2, "test": 2}
-
-
-@pytest.mark.parametrize(
-    "rows,says",
-    [
-        ("clip,text\na,b\n", "needs the columns video,caption.*found: clip, text"),
-        ("", "found: nothing"),
-        ("video,caption,split\nclip00001.mp4,,train\n", "row 2: the caption is empty"),
-        ("video,caption,split\nclip00001.mp4,a,train\nclip00001.mp4,b,test\n", "row 3: clip00001.mp4 is in two splits"),
-        ("video,caption,split\nclip00001.mp4,a,dev\n", "must be train, val or test"),
-        ("video,caption\nclip00001.mp4,a\nclip99999.mp4,b\n", "1 of 2 videos .* the first is clip99999.mp4"),
-    ],
-)
-def test_csv_mistakes_are_named(clips_folder, tmp_path, rows, says):
-    with pytest.raises(data.DataError, match=says):
-        read_csv(write(tmp_path / "a.csv", rows), clips_folder / "clips")
-
-
-def test_missing_files_and_foreign_encodings_are_named(clips_folder, tmp_path):
-    assert "gone.csv not found" in message(read_csv, tmp_path / "gone.csv", clips_folder / "clips")
-    assert "is not a folder" in message(read_csv, clips_folder / "clips.csv", tmp_path / "gone")
-    (tmp_path / "latin.csv").write_bytes("video,caption\na,caf\xe9\n".encode("latin-1"))
-    assert "UTF-8" in message(read_csv, tmp_path / "latin.csv", clips_folder / "clips")
-
-
-@pytest.mark.parametrize("dataset,file", [("lsmdc", "LSMDC16_annos_training.csv"), ("msrvtt", "MSRVTT_data.json"), ("msvd", "captions_msvd.json")])
-def test_data_sets_without_a_reader_say_what_is_missing(tmp_path, dataset, file):
-    text = message(read_clips, dataset, tmp_path)
-    assert file in text and "not written yet" in text and "--dataset csv" in text
-
-
-def test_an_empty_split_and_an_unknown_data_set_are_named(clips, tmp_path):
-    assert "no clip has split 'val'" in message(data.of_split, [c for c in clips if c.split != "val"], "val")
-    assert "choose one of shapes, csv" in message(read_clips, "imagenet", tmp_path)
-    assert "--annotations FILE" in message(read_clips, "csv", tmp_path)
-
-
-def test_real_captions_file_is_read_whole(realdata):
-    clips = read_csv(realdata / "captions.csv", realdata / "clips")
-    assert len(clips) == 26 and {clip.split for clip in clips} == {"train", "val", "test"}

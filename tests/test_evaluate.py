@@ -1,7 +1,9 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 import evaluate
-from data import FrameCache, of_split
+from data import FrameCache, cache_folder, of_split, read_csv
 from evaluate import (
     Expectation,
     PairNoise,
@@ -21,6 +23,7 @@ from evaluate import (
     contact_sheet,
     dual_softmax,
     extract_features,
+    feature_cache,
     gather,
     noise_bank,
     retrieval_metrics,
@@ -281,6 +284,39 @@ def test_the_latest_run_is_evaluated_and_reported_alike_each_time(run, capsys, t
     for picture in ("ranks.png", "retrieved.png"):
         assert (tmp_path / "runs" / "one" / picture).read_bytes().startswith(b"\x89PNG")
     assert run()["metrics"] == result["metrics"]
+
+
+def test_missing_videos_are_refused_and_a_smaller_gallery_is_named_beside_every_metric(run, clips_folder, tmp_path, capsys):
+    shutil.copytree(clips_folder / "clips", tmp_path / "videos")
+    (tmp_path / "videos" / "clip00021.mp4").unlink()
+    videos = ("--videos", str(tmp_path / "videos"))
+    with pytest.raises(SystemExit, match=r"1 of 4 videos to evaluate on cannot be read.*clip00021\.mp4 not found.*--allow-missing"):
+        run(*videos)
+    result = run(*videos, "--allow-missing")
+    assert (result["videos"], result["missing"], result["texts"]) == (3, 1, 15) and "| T-MASS, M = 3, 3 of 4 videos |" in capsys.readouterr().out
+    for path in (tmp_path / "videos").iterdir():
+        path.write_text("no video")
+    with pytest.raises(SystemExit, match="none of the 4 videos"):
+        run(*videos, "--allow-missing", "--data", str(tmp_path / "other"))
+
+
+def test_kept_features_are_evaluated_without_frames(run, clips_folder, tmp_path):
+    """As on a laptop that has the features alone: the same metrics, without the picture."""
+    shutil.copytree(clips_folder / "clips", tmp_path / "videos")
+    flags = ("--videos", str(tmp_path / "videos"))
+    expected = run(*flags)
+    cache = FrameCache(cache_folder("csv", Path("data"), tmp_path / "videos"), 3, 32)
+    clips = of_split(read_csv(clips_folder / "clips.csv", tmp_path / "videos"), "test")
+    model = evaluate.open_checkpoint(Path("runs/one"))[0]
+    extract_features(model, clips, cache, store=feature_cache(cache, model), keep=True)
+    for path in [*cache.folder.glob("*.zip"), *(tmp_path / "videos").iterdir()]:
+        path.unlink()
+    assert run(*flags)["metrics"] == expected["metrics"]
+
+
+@pytest.mark.parametrize("captions,texts", [("all", 20), ("first", 4), ("joined", 4)])
+def test_captions_choose_the_queries(run, captions, texts):
+    assert run("--captions", captions)["texts"] == texts
 
 
 def test_no_draws_and_score_mean_are_the_same(run):

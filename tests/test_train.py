@@ -70,7 +70,7 @@ def test_training_changes_what_should_learn_and_nothing_else(config, options):
     assert heads <= moved and "clip.token_embedding.weight" in moved
     assert bool(moved & vision) == (config.freeze == "none")
     assert bool(moved & statistics) == (config.method == "clip")  # batch norm stands still but in CLIP's own pretraining
-    assert {p.name for p in out.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl", "loss.png"}
+    assert {p.name for p in out.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl", "loss.png", "data.json"}
 
 
 @pytest.mark.slow
@@ -105,6 +105,41 @@ def test_checkpoint_says_what_made_it(config):
     assert content["step"] == 1 and len(content["data"]) == 64 and content["commit"] and "R@1" in content["val"]["t2v"]
     model, trained, _ = open_checkpoint(out)
     assert model.arguments["num_frames"] == 3 and trained["dataset"] == "csv"
+
+
+def test_clips_that_cannot_be_read_are_skipped_counted_and_listed(config, clips_folder, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    shutil.copytree(clips_folder / "clips", videos)
+    (videos / "clip00003.mp4").unlink()
+    (videos / "clip00016.mp4").write_text("<html>")
+    out = train.train(replace(config, max_steps=1, videos=videos))
+    record = json.loads((out / "data.json").read_text())
+    assert list(record["skipped"]) == ["clip00003.mp4", "clip00016.mp4"] and record["train"] == 15
+    assert record["val"] == ["clip00017.mp4", "clip00018.mp4", "clip00019.mp4"]
+    assert f"2 clips cannot be read and are skipped, listed in {out}/data.json" in capsys.readouterr().out
+    with pytest.raises(ModelError, match="other clips or captions"):  # one turns up: this is another training set
+        shutil.copy(clips_folder / "clips" / "clip00003.mp4", videos)
+        train.train(replace(config, max_steps=1, videos=videos, resume=True))
+
+
+def test_random_sampling_trains_on_other_frames_each_epoch_and_validates_on_midpoints(config, tmp_path):
+    runs = [
+        train.train(replace(config, max_steps=2, augment=False, sampling=s, out=tmp_path / f"{s}{n}"))
+        for n, s in enumerate(("uniform", "random", "random"))
+    ]
+    assert not same_weights(runs[0] / "last.pt", runs[1] / "last.pt") and same_weights(runs[1] / "last.pt", runs[2] / "last.pt")
+
+
+def test_a_frozen_trunk_needs_neither_videos_nor_frames_once_its_features_are_kept(config, clips_folder, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(clips_folder / "clips", videos)
+    config = replace(config, max_steps=2, freeze="vision", augment=False, videos=videos)
+    one = train.train(config)
+    cached = list((config.data / "cache").rglob("*.zip"))
+    for path in [*cached, *videos.iterdir()]:
+        path.unlink()
+    two = train.train(replace(config, out=tmp_path / "again"))
+    assert len(cached) == 20 and same_weights(one / "last.pt", two / "last.pt")
 
 
 # ------------------------------------------------------------------------------------------------------------------------ resume
@@ -186,7 +221,7 @@ def test_bad_input_gives_one_sentence_and_no_traceback(clips_folder, weights, tm
     for name in ("text.mp4", "good1.mp4", "good2.mp4"):
         shutil.copy(clips_folder / "clips" / "clip00000.mp4", videos / name)
     (videos / "text.mp4").write_text("<html>")
-    (tmp_path / "unreadable.csv").write_text("video,caption,split\ntext.mp4,a,train\ngood1.mp4,b,train\ngood2.mp4,c,val\n")
+    (tmp_path / "unreadable.csv").write_text("video,caption,split\ntext.mp4,a,val\ngood1.mp4,b,train\ngood2.mp4,c,train\n")
     cut = tmp_path / "cut"
     cut.mkdir()
     whole = (clips_folder / "clips" / "clip00000.mp4").read_bytes()
@@ -199,14 +234,14 @@ def test_bad_input_gives_one_sentence_and_no_traceback(clips_folder, weights, tm
     mistakes = {
         "gone.csv not found": ("train", {"--annotations": tmp_path / "gone.csv"}),
         "column.csv needs the columns": ("train", {"--annotations": tmp_path / "column.csv"}),
-        "text.mp4 holds no readable video": ("train", {"--annotations": tmp_path / "unreadable.csv", "--videos": videos}),
+        "none of the 1 val clips can be read": ("train", {"--annotations": tmp_path / "unreadable.csv", "--videos": videos}),
         "cut.mp4 ": ("train", {"--annotations": tmp_path / "truncated.csv", "--videos": cut}),
         "unknown arch 'ViT-Z'": ("train", {"--arch": "ViT-Z", "--weights": None}),
         "gone.pt not found": ("train", {"--weights": tmp_path / "gone.pt"}),
         "corrupt.pt is not a file of weights": ("train", {"--weights": tmp_path / "corrupt.pt"}),
         "finds no CUDA device": ("train", {"--device": "cuda"}),
         "add --no-augment": ("train", {"--freeze": "vision"}),
-        "its reader is not written yet": ("train", {"--dataset": "lsmdc"}),
+        "LSMDC needs LSMDC16_annos_training.csv": ("train", {"--dataset": "lsmdc", "--annotations": None, "--videos": None}),
         "no checkpoint under runs": ("evaluate", {}),
         "none/best.pt not found": ("evaluate", {"--checkpoint": tmp_path / "none/best.pt"}),
         "corrupt.pt is not a file of weights, or is damaged": ("evaluate", {"--checkpoint": tmp_path / "corrupt.pt"}),
