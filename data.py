@@ -9,6 +9,7 @@ seed and the epoch (`epoch_batches`, `ClipDataset`). Anything wrong with the inp
 """
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -535,8 +536,14 @@ def augment(frames: UInt8[Tensor, "frames 3 height width"], size: int, generator
 
 def normalise(images: UInt8[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
     """Bytes to CLIP's input: (x / 255 - mean) / std. Done on the device, so that a quarter of the bytes travel."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = _mean_and_std(images.device)
     return (images / 255 - mean) / std
+
+
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copied to a device once: a copy in each step makes a GPU wait."""
+    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
 
 
 def tokenize(captions: Sequence[str], context_length: int = 77) -> Int[Tensor, "texts tokens"]:

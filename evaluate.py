@@ -18,6 +18,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 import data
 from data import Clip, ClipDataset, DataError, FeatureCache, FrameCache
 from losses import cosine_scores
-from model import TMASS, ModelError, XPool, build_from_checkpoint, load_file, stochastic_text
+from model import TMASS, ModelError, XPool, build_from_checkpoint, is_released, load_file, stochastic_text
 
 # ------------------------------------------------------------------------------------------------- features: phi_t and phi_v, once
 
@@ -47,6 +48,19 @@ class Features:
     owner: Tensor
 
 
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """--amp: the precision of CLIP's products. auto: bfloat16 on CUDA (float16 where the GPU has no bfloat16), none on the CPU."""
+    kind = resolve_amp(device, amp)
+    return torch.autocast(device.type, torch.float16 if kind == "fp16" else torch.bfloat16, enabled=kind in ("bf16", "fp16"))
+
+
+def resolve_amp(device: torch.device, amp: str) -> str:
+    """bf16, fp16 or off: what --amp comes to on a device."""
+    if amp != "auto":
+        return amp
+    return "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 @torch.no_grad()
 def extract_features(
     model: TMASS,
@@ -54,7 +68,7 @@ def extract_features(
     cache: FrameCache,
     batch: int = 32,
     workers: int = 0,
-    amp: bool = False,
+    amp: str = "off",
     store: FeatureCache | None = None,
     keep: bool = False,
 ) -> Features:
@@ -69,7 +83,7 @@ def extract_features(
     order = [todo[k : k + batch] for k in range(0, len(todo), batch)]
     text = []
     bar = functools.partial(tqdm, desc="features", total=len(order), disable=len(order) < 20, leave=False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp and not keep and device.type == "cuda"):
+    with autocast(device, "off" if keep else amp):
         for numbers, (images, _) in zip(order, bar(data.batches(dataset, order, workers))):
             for k, features in zip(numbers, model.encode_frames(data.normalise(images.to(device)))):
                 frames[k] = features
@@ -498,6 +512,9 @@ class EvaluationConfig:
     """texts drawn for each text-video pair ("Inference Pipeline"); 0 scores t itself"""
     score: Literal["sampled", "mean", "expected"] = "sampled"
     """sampled: the best of M draws (the paper); mean: t itself (X-Pool's inference); expected: the expectation of the best of M, no draws"""
+    prior: Literal["normal", "uniform"] | None = None
+    """eps ~ N(0, prior_std^2) or U(0, 1); default: as in training; a released checkpoint does not say: uniform, but for LSMDC N(0, 0.003^2)"""
+    prior_std: float | None = None
     noise: Literal["shared", "independent"] = "shared"
     """shared: one bank of M draws for all pairs; independent: fresh draws for each pair (slow)"""
     protocol: Literal["paper", "released"] = "paper"
@@ -511,7 +528,7 @@ class EvaluationConfig:
     split: Literal["test", "val"] = "test"
     """which clips; choices belong to val, the test split to the end"""
     dataset: str | None = None
-    """another data set than the run's own"""
+    """another data set than the run's own; a released checkpoint names none"""
     annotations: Path | None = None
     """for csv: a file of video,caption[,split]"""
     videos: Path | None = None
@@ -528,8 +545,8 @@ class EvaluationConfig:
     """processes that load clips ahead"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
-    amp: bool = True
-    """bfloat16 autocast of CLIP, on CUDA; scores are float32"""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """autocast of CLIP; auto: bf16 on CUDA, off on the CPU; scores are float32"""
 
 
 def choose_device(name: str) -> torch.device:
@@ -553,12 +570,46 @@ def latest_run(runs: Path = Path("runs")) -> Path:
 
 
 def open_checkpoint(path: Path) -> tuple[TMASS, dict, Path]:
-    """The model of a run or of a file, the config it was trained with, and the file. Raises ModelError."""
-    file = path / "best.pt" if path.is_dir() else path
+    """The model of a run, of a folder of save_pretrained, or of a file; the config it was trained with; and the file. Raises ModelError.
+
+    Released checkpoints hold no config: it is {"released": True} then."""
+    names = ("best.pt", "model.safetensors") if path.is_dir() else ("",)
+    file = next((path / name for name in names if (path / name).is_file()), path / names[0])
     if not file.is_file():
         raise ModelError(f"{file} not found: train first (python train.py), or name a run or checkpoint by --checkpoint.")
     content = load_file(file)
-    return build_from_checkpoint(content, file), content.get("config", {}), file
+    return build_from_checkpoint(content, file), {"released": True} if is_released(content) else content.get("config", {}), file
+
+
+def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
+    """The noise to draw, for noise_bank: what the flags say, else as the run was trained; released checkpoints: as the released code."""
+    released = dict(prior="normal", prior_std=0.003) if dataset == "lsmdc" else dict(prior="uniform")
+    own = released if trained.get("released") else trained
+    std = own.get("prior_std", 1.0) if config.prior_std is None else config.prior_std
+    return dict(prior=config.prior or own.get("prior", "normal"), std=std)
+
+
+def join_processes(device: str) -> None:
+    """Makes this process one of those that torchrun started (NCCL where they use CUDA, each its own GPU; else gloo). Raises ModelError."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    cuda, local = choose_device(device).type == "cuda", int(os.environ["LOCAL_RANK"])
+    if cuda and local >= torch.cuda.device_count():
+        raise ModelError(f"this machine has {torch.cuda.device_count()} GPUs and torchrun started more processes: lower --nproc-per-node.")
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # the first may have clips to decode while others wait
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which of how many processes this is: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(count: int) -> slice:
+    """The part of `count` things that is this process's; the parts of all processes, in their order, are the whole."""
+    rank, world = rank_and_world()
+    return slice(count * rank // world, count * (rank + 1) // world)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -577,7 +628,7 @@ def gather(x: Tensor) -> Tensor:
 def readable(clips: list[Clip], cache: FrameCache, store: FeatureCache, allow_missing: bool) -> list[Clip]:
     """The clips whose frames can be had: all, or an error that says which is the first that cannot. Under torchrun each process looks after
     its share. Raises DataError."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     failures = cache.fill([clip for clip in clips[rank::world] if store.load(clip) is None])
     if world > 1:
         everyones: list[dict[str, str]] = [{}] * world
@@ -598,13 +649,13 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
 
     Under torchrun each process encodes and scores its share of the videos; the first one writes."""
     started = time.time()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     device = choose_device(config.device)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     model, trained, file = open_checkpoint(path)
     model = model.to(device)
-    dataset = config.dataset or trained.get("dataset", "shapes")
+    dataset = config.dataset or trained.get("dataset")
+    if dataset is None:
+        raise ModelError(f"{file} does not say which data set it is for: name one by --dataset (csv: with --annotations and --videos).")
     sources = [getattr(config, name) or (Path(trained[name]) if trained.get(name) else None) for name in ("annotations", "videos")]
     clips = data.of_split(data.read_clips(dataset, config.data, *sources), config.split)
     if config.captions != "all":
@@ -618,18 +669,18 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
     if world > len(clips):
         raise ModelError(f"{world} processes for {len(clips)} videos: start fewer.")
 
-    first, last = len(clips) * rank // world, len(clips) * (rank + 1) // world
-    features = extract_features(model, clips[first:last], cache, config.batch, config.workers, config.amp, store)
+    own = share(len(clips))
+    features = extract_features(model, clips[own], cache, config.batch, config.workers, config.amp, store)
     own_text = features.text if config.protocol == "released" else None
-    text, owner = gather(features.text), gather(features.owner + first)
+    text, owner = gather(features.text), gather(features.owner + own.start)
     seconds_features, started = time.time() - started, time.time()
 
     M = config.M if model.radius is not None and config.score != "mean" else 0
-    prior = dict(prior=trained.get("prior", "normal"), std=trained.get("prior_std", 1.0))
+    prior = prior_of(config, trained, dataset)
     if config.score == "expected":
         noise = Expectation(M, **prior)
     elif config.noise == "independent":
-        noise = PairNoise(M, config.seed, **prior, first_video=first)
+        noise = PairNoise(M, config.seed, **prior, first_video=own.start)
     else:
         noise = noise_bank(M, text.shape[1], config.seed, **prior)
     matrix = gather(scores(model, text, features.frames, noise, own_text=own_text, progress=rank == 0).T.contiguous()).T
@@ -640,6 +691,8 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         metrics = {name: retrieval_metrics(m, owner)[name] for name, m in zip(("t2v", "v2t"), both)}
     seconds = {"features": round(seconds_features, 2), "scores": round(time.time() - started, 2)}
     about = f", M = {M}" if M else ""
+    if M and (config.prior or config.prior_std is not None or trained.get("released")):
+        about += ", U(0, 1)" if prior["prior"] == "uniform" else f", N(0, {prior['std']:g}^2)"
     about += ", expected" if M and config.score == "expected" else ", independent noise" if M and config.noise == "independent" else ""
     about += (", DSL (transductive)" if config.dsl else "") + (", LEAKS" if config.protocol == "released" else "")
     about += f", {len(clips)} of {listed} videos" if len(clips) < listed else ""
@@ -654,6 +707,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         "videos": len(clips),
         "missing": listed - len(clips),
         "M": M,
+        "prior": prior,
         "seed": config.seed,
         "metrics": metrics,
         "seconds": seconds,
@@ -681,9 +735,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     config = tyro.cli(EvaluationConfig, args=arguments, description=__doc__)
-    if "WORLD_SIZE" in os.environ:  # started by torchrun
-        dist.init_process_group("nccl" if choose_device(config.device).type == "cuda" else "gloo")
     try:
+        join_processes(config.device)
         results = [evaluate(config, path) for path in config.checkpoint or (latest_run(),)]
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")

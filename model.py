@@ -16,11 +16,15 @@ Readings of the paper taken here: S is made of cosines, of L2-normalised feature
 pair has a radius of its own. Copy this file anywhere: it needs torch and jaxtyping, reads no config, and imports `clip` only to load it.
 """
 
+import json
 import math
+import os
 import pickle
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -97,12 +101,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_file(path: Path | str) -> dict:
-    """torch.load of tensors and plain values only, on the CPU. Raises ModelError for a missing, corrupt or foreign file."""
-    if not Path(path).is_file():
+    """torch.load of tensors and plain values only, on the CPU; of a .safetensors file, what TMASS.save_pretrained put there.
+
+    Raises ModelError for a missing, corrupt or foreign file, and for one that holds other Python objects: to load them is to run them."""
+    path = Path(path)
+    if not path.is_file():
         raise ModelError(f"{path} not found.")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        if "nsupported global" in str(error) or "nsupported class" in str(error):
+            raise ModelError(f"{path} holds Python objects besides tensors and plain values, which could run code when loaded: where you trust it, "
+                             'keep its "state_dict" alone, torch.save({"state_dict": ...}), and name that file.') from None  # fmt: skip
         raise ModelError(f"{path} is not a file of weights, or is damaged: copy it again, or name another.") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not a dict of weights: name another file.")
@@ -276,6 +288,9 @@ class TMASS(nn.Module):
         if method not in ("clip", "xpool", "tmass"):
             raise ModelError(f"unknown method {method!r}: choose clip, xpool or tmass.")
         dim = clip.text_projection.shape[1]
+        for block in clip.transformer.resblocks:
+            if "attn_mask" in vars(block):  # a buffer moves with the model; CLIP leaves it on the CPU and copies it in each layer of each step
+                block.register_buffer("attn_mask", vars(block).pop("attn_mask"), persistent=False)
         self.arguments = dict(method=method, num_frames=num_frames, radius=radius, heads=heads, dropout=dropout, initial_radius=initial_radius)
         self.clip = clip
         self.fusion = MeanPool() if method == "clip" else XPool(dim, heads, dropout)
@@ -292,26 +307,65 @@ class TMASS(nn.Module):
         return self.clip.visual.input_resolution
 
     def encode_text(self, tokens: Int[Tensor, "texts tokens"]) -> Float[Tensor, "texts dim"]:
-        """t = phi_t(caption), not normalised."""
-        return self.clip.encode_text(tokens).float()
+        """t = phi_t(caption), not normalised: what CLIP's text transformer holds at the end mark, the largest token.
+
+        The same numbers as clip's own encode_text, whose index lives on the CPU: that makes a GPU wait."""
+        clip = self.clip
+        x = clip.token_embedding(tokens) + clip.positional_embedding[: tokens.shape[1]]
+        x = clip.transformer(x.transpose(0, 1)).transpose(0, 1)  # (texts, tokens, width)
+        end = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
+        return (clip.ln_final(end) @ clip.text_projection).float()
 
     def encode_frames(self, images: Float[Tensor, "videos frames 3 height width"]) -> Float[Tensor, "videos frames dim"]:
         """f_i = phi_v(frame i), each frame by itself, not normalised."""
         return self.clip.encode_image(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
 
+    def save_pretrained(self, folder: Path | str, **more) -> None:
+        """Writes model.safetensors and config.json (the arguments of this class, and `more`: plain values) into a folder. Raises ModelError."""
+        safetensors = _import_safetensors()
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        config = json.dumps({"model_type": "tmass", "arguments": self.arguments, **more}, indent=2) + "\n"
+        _write_whole(Path(folder) / "config.json", lambda file: file.write(config.encode()))
+        _write_whole(Path(folder) / "model.safetensors", lambda file: file.write(safetensors.torch.save(state)))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "TMASS":
+        """The model that save_pretrained put into a folder, on the CPU, in eval mode. Raises ModelError."""
+        return load_checkpoint(Path(folder) / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------------------------- checkpoints
+
 
 def save_checkpoint(path: Path | str, model: TMASS, **more) -> None:
-    """Writes a model (and `more`: plain values and tensors) so that a file that has the name is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a model (and `more`: plain values and tensors) so that a file that has the name is whole, whatever ends the program.
+
+    Raises ModelError where it cannot be written (a full disk, say); an older file of that name is then as it was."""
+    content = {"model": model.state_dict(), "arguments": model.arguments, **more}
+    _write_whole(Path(path), lambda file: torch.save(content, file))
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes beside, on to the disk itself, and only then under the name."""
     partial = path.with_name(f".{path.name}.part")
-    torch.save({"model": model.state_dict(), "arguments": model.arguments, **more}, partial)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        partial.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        what = getattr(reason, "strerror", None) or str(reason).strip().splitlines()[0]
+        raise ModelError(f"{path} could not be written ({what}): make room there, or name another folder; what was there before is whole.") from None
 
 
 def load_checkpoint(path: Path | str) -> TMASS:
     """The model of a checkpoint, on the CPU, in eval mode; loads strictly, reads all sizes from the file, runs no code of it.
 
+    Opens what save_checkpoint and save_pretrained write, and the checkpoints that the T-MASS and X-Pool authors released (`from_released`).
     Raises ModelError for a missing, corrupt or foreign file."""
     return build_from_checkpoint(load_file(path), path)
 
@@ -319,11 +373,82 @@ def load_checkpoint(path: Path | str) -> TMASS:
 def build_from_checkpoint(content: dict, path: Path | str) -> TMASS:
     """What load_checkpoint does once the file is read; `path` is named in errors."""
     try:
+        if is_released(content):
+            content = from_released(content["state_dict"])
         state, arguments = content["model"], content["arguments"]
         sizes = _clip_sizes({name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")})
         model = TMASS(_import_clip().model.CLIP(**sizes), **arguments)
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         what = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path} is not a checkpoint of train.py ({what}): name one of its last.pt or best.pt.") from None
+        raise ModelError(f"{path} is not a checkpoint of train.py ({what}): name one of its last.pt or best.pt, or a released checkpoint of "
+                         "T-MASS or X-Pool.") from None  # fmt: skip
     return model.float().eval()
+
+
+def is_released(content: dict) -> bool:
+    """Whether what a file holds is laid out as the released T-MASS and X-Pool code saves it: {"epoch", "state_dict", "optimizer"}."""
+    return isinstance(content.get("state_dict"), dict) and "model" not in content
+
+
+# Names of the released checkpoints (Hugging Face's names inside CLIP), and the same parts here. Replaced in this order.
+RELEASED = {
+    "pool_frames.cross_attn.q_proj": "fusion.query", "pool_frames.cross_attn.k_proj": "fusion.key",
+    "pool_frames.cross_attn.v_proj": "fusion.value", "pool_frames.cross_attn.out_proj": "fusion.out",
+    "pool_frames.linear_proj": "fusion.linear", "pool_frames.layer_norm": "fusion.norm",
+    "stochastic.std_branch.linear_proj": "radius.linear",
+    "text_model.embeddings.token_embedding": "token_embedding", "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final", "text_model.encoder.layers": "transformer.resblocks",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding", "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre", "vision_model.post_layernorm": "visual.ln_post",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "layer_norm": "ln_", "self_attn.": "attn.", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj",
+}  # fmt: skip
+
+
+def from_released(state: dict[str, Tensor]) -> dict:
+    """The state_dict of a released T-MASS or X-Pool checkpoint as what save_checkpoint writes: {"model", "arguments"}.
+
+        released                                      here
+        clip.text_model, clip.vision_model            clip (OpenAI's names): q, k and v of a layer in one in_proj, heads of 64 channels,
+                                                      QuickGELU, eps 1e-5, the text read at its first end mark
+        clip.{text,visual}_projection                 clip.text_projection, clip.visual.proj (transposed)
+        pool_frames                                   fusion: psi. One head: the shapes do not say, and it is the released default
+        stochastic.std_branch.linear_proj             radius: R = exp(linear(S)) on cosines, as here; weight (dim, frames) gives T'
+
+    Left out: position_ids (a count, in older files) and learnable_scalar, which the released code neither sets nor uses. Without
+    `stochastic` the file is X-Pool's, with T' = 12, the released default. Such a file does not say which noise its model was trained
+    with: U(0, 1) is the released default, N(0, 0.003^2) its command for LSMDC (evaluate.py --prior, --prior-std)."""
+    names = {}
+    for name, value in state.items():
+        new = name
+        for released, ours in RELEASED.items():
+            new = new.replace(released, ours)
+        if not name.endswith((".position_ids", ".learnable_scalar")):
+            names[new] = value.T if "projection.weight" in name else value
+    if "fusion.query.weight" not in names:
+        raise KeyError("neither T-MASS nor X-Pool: no pool_frames in it")
+    for name in [name for name in names if ".attn.q_proj." in name]:
+        names[name.replace("q_proj.", "in_proj_")] = torch.cat([names.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"])
+    frames = names["radius.linear.weight"].shape[1] if any(name.startswith("stochastic.") for name in state) else None
+    return {"model": names, "arguments": {"method": "tmass" if frames else "xpool", "num_frames": frames or 12}}
+
+
+def _import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ModelError("safetensors is not installed: pip install safetensors.") from None
+    return safetensors
+
+
+def _load_safetensors(path: Path) -> dict:
+    config, safetensors = path.with_name("config.json"), _import_safetensors()
+    if not config.is_file():
+        raise ModelError(f"{config} not found: it belongs beside {path.name} (TMASS.save_pretrained writes both).")
+    try:
+        return {**json.loads(config.read_text()), "model": safetensors.torch.load_file(path)}
+    except (ValueError, OSError, TypeError, safetensors.SafetensorError):
+        raise ModelError(f"{path} or its config.json is damaged: copy them again.") from None

@@ -3,33 +3,54 @@
     python train.py                                        # T-MASS on the built-in clips, on a CPU, in minutes
     python train.py --method xpool                         # its baseline; --method clip: mean-pooled frames
     python train.py --dataset csv --annotations captions.csv --videos clips --arch ViT-B/16
+    torchrun --nproc-per-node 4 train.py ...               # one process a GPU: the same batch, split over them
 
-The step is in `train`, in the paper's order. The number of a step seeds all its randomness, and its batch follows from seed and epoch:
-so a run that is resumed ends with the weights of one that was never stopped.
+The step is `train_step`, and what follows the encoders `head_loss`, in the paper's order. The number of a step seeds all its randomness, and
+its batch follows from seed and epoch: so a run that is resumed ends with the weights of one that was never stopped. The loss is always that of
+the whole batch, whether it is encoded at once, by micro-batches (--micro-batch) or by several processes (torchrun).
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 import data
 from data import Clip, ClipDataset, DataError, FrameCache
-from evaluate import choose_device, extract_features, feature_cache, noise_bank, open_checkpoint, retrieval_metrics, scores
+from evaluate import (
+    autocast,
+    choose_device,
+    extract_features,
+    feature_cache,
+    gather,
+    join_processes,
+    noise_bank,
+    open_checkpoint,
+    rank_and_world,
+    resolve_amp,
+    retrieval_metrics,
+    scores,
+    share,
+)
 from losses import cosine_scores, symmetric_cross_entropy, tmass_loss
 from model import TMASS, ModelError, load_clip, load_file, matched, save_checkpoint, stochastic_text, support_text
 
@@ -92,7 +113,7 @@ class Config:
     head_lr: float = 3e-5
     """and for psi and R"""
     weight_decay: float = 0.2
-    """on all parameters, as the released code"""
+    """on all parameters, biases, norms and scalars too, as the released code"""
     warmup: float = 0.1
     """part of the steps in which the rate rises; then it falls as a cosine"""
     grad_clip: float = 1.0
@@ -103,8 +124,12 @@ class Config:
     """of initialisation, order, augmentation, dropout and noise"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
-    amp: bool = True
-    """bfloat16 autocast of CLIP, on CUDA"""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """autocast of CLIP, over float32 weights; psi, R, scores and losses stay in float32. auto: bf16 on CUDA, off on the CPU"""
+    micro_batch: int | None = None
+    """pairs that each process encodes at a time, with the memory of so many; exact, for a second forward pass of CLIP"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of CLIP's two transformers; auto: on CUDA"""
     workers: int = 0
     """processes that load batches ahead"""
     save_every: int = 0
@@ -163,6 +188,8 @@ def tiny_clip(config: Config) -> Path:
     pretraining = replace(preset(*stage), data=config.data, device=config.device)
     out = run_folder(pretraining)
     if not finished(out):
+        if rank_and_world()[1] > 1:
+            raise ModelError(f"the tiny CLIP is not there yet ({out}): pretrain it first, by one process: python train.py --method clip.")
         print(f"The tiny CLIP is pretrained first, once, on the built-in {stage[0]} ({out}).", flush=True)
         train(replace(pretraining, out=out, resume=True))
     return out
@@ -174,21 +201,22 @@ def read_data(config: Config) -> tuple[list[Clip], list[Clip]]:
     return data.of_split(clips, "train"), data.of_split(clips, "val")
 
 
-def without(clips: list[Clip], skipped: dict[str, str]) -> list[Clip]:
+def without(clips: list[Clip], unreadable: dict[str, str]) -> list[Clip]:
     """The clips whose frames can be had. Raises DataError when none is left."""
-    left = [clip for clip in clips if clip.id not in skipped]
+    left = [clip for clip in clips if clip.id not in unreadable]
     if not left:
-        raise DataError(f"none of the {len(clips)} {clips[0].split} clips can be read: {skipped[clips[0].id]}")
+        raise DataError(f"none of the {len(clips)} {clips[0].split} clips can be read: {unreadable[clips[0].id]}")
     return left
 
 
-def record_data(out: Path, clips: list[Clip], val_clips: list[Clip], skipped: dict[str, str]) -> None:
+def record_data(out: Path, clips: list[Clip], val_clips: list[Clip], unreadable: dict[str, str]) -> None:
     """data.json: the clips of this run's validation, and those that were skipped, each with the reason; says how many these are."""
-    content = dict(train=len(clips), val=[clip.id for clip in val_clips], skipped=skipped)
+    content = dict(train=len(clips), val=[clip.id for clip in val_clips], skipped=unreadable)
     (out / "data.json").write_text(json.dumps(content, indent=1) + "\n")
-    if skipped:
+    if unreadable:
         print(
-            f"{len(skipped)} clips cannot be read and are skipped, listed in {out}/data.json; the first: {next(iter(skipped.values()))}", flush=True
+            f"{len(unreadable)} clips cannot be read and are skipped, listed in {out}/data.json; the first: {next(iter(unreadable.values()))}",
+            flush=True,
         )
 
 
@@ -216,8 +244,8 @@ def finished(out: Path) -> bool:
     return (out / "metrics.jsonl").is_file() and '"done"' in (out / "metrics.jsonl").read_text()
 
 
-# Flags that may differ between a run and its resumption: they do not change its numbers.
-FREE = {"out", "resume", "device", "workers", "data", "annotations", "videos", "save_every"}
+# Flags that may differ between a run and its resumption: they change its numbers by rounding, if at all.
+FREE = {"out", "resume", "device", "workers", "data", "annotations", "videos", "save_every", "amp", "micro_batch", "compile"}
 
 
 def plain(config: Config) -> dict:
@@ -230,8 +258,8 @@ def load_state(path: Path, config: Config, fingerprint: str) -> dict:
     state = load_file(path)
     if "optimizer" not in state or "config" not in state:
         raise ModelError(f"{path} is not a last.pt of train.py: nothing to resume from; name another --out.")
-    changed = [f"{name} {state['config'].get(name)} -> {value}" for name, value in plain(config).items()
-               if name not in FREE and state["config"].get(name) != value]  # fmt: skip
+    before = {**plain(preset(config.dataset, config.method)), **state["config"]}  # a flag that is newer than the run had its default
+    changed = [f"{name} {before[name]} -> {value}" for name, value in plain(config).items() if name not in FREE and before[name] != value]
     if changed:
         raise ModelError(f"{path} was made with another config ({', '.join(changed)}): resume with the same flags, or name another --out.")
     if state["data"] != fingerprint:
@@ -263,131 +291,376 @@ def train_mode(model: TMASS, config: Config) -> None:
                 module.eval()
 
 
+class State:
+    """What a step changes, and what last.pt holds: the model, AdamW, its schedule, the scale of fp16's loss, the guard's counts."""
+
+    def __init__(self, model: TMASS, config: Config, total: int):
+        device = model.logit_scale.device
+        clip_parameters = [p for p in model.clip.parameters() if p.requires_grad]
+        head_parameters = [*model.fusion.parameters(), *(model.radius.parameters() if model.radius else [])]
+        groups = [{"params": clip_parameters, "lr": config.clip_lr}, {"params": head_parameters, "lr": config.head_lr}]
+        self.model, self.step, self.validated, self.best = model, 0, 0, -1.0
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, total, config.warmup))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=resolve_amp(device, config.amp) == "fp16")
+        self.guard = Guard(model, config)
+        self.averaging = Averaging(model)
+
+    def state_dict(self) -> dict:
+        """All of it but the model, as plain values and tensors."""
+        return dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
+                    guard=self.guard.counts.tolist(), step=self.step, validated=self.validated, best=self.best)  # fmt: skip
+
+    def load(self, state: dict) -> None:
+        """Goes back to what last.pt holds, the model included."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.scaler.is_enabled() and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.guard.counts = self.guard.counts.new_tensor(state.get("guard", [0, 0, 0, 0]))
+        self.step, self.best = state["step"], state["best"]
+        self.validated = state.get("validated", self.step)
+
+
+class Guard:
+    """Skips each step whose loss or gradient is not finite, and counts such steps, without making a GPU wait.
+
+    A skipped step leaves weights, batch norm's statistics and AdamW's state as they were; the schedule and the batches go on. (With fp16 the
+    loss's scale is halved: a few skipped steps at the start are how the scale is found.) AdamW's fused form skips on the device, where its
+    found_inf says so. The counts are read when a row is logged: `stop_after` in a row end the training."""
+
+    stop_after = 10
+
+    def __init__(self, model: TMASS, config: Config):
+        norms = [module for module in model.clip.modules() if isinstance(module, nn.BatchNorm2d)] if config.method == "clip" else []
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.counts = torch.zeros(4, dtype=torch.long, device=model.logit_scale.device)  # skipped; in a row now; longest row, and its last step
+
+    def before(self) -> None:
+        """Remembers the statistics that the step's forward pass will move."""
+        self.remembered = [buffer.clone() for buffer in self.statistics]
+
+    def look(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""], norm: Float[Tensor, ""], step: int) -> None:
+        """Has the optimizer skip the step, where loss or gradient norm is not finite."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        optimizer.found_inf = bad.float()
+        for buffer, old in zip(self.statistics, self.remembered):
+            buffer.copy_(torch.where(bad, old, buffer))
+        skipped, row, longest, last = self.counts.unbind()
+        row = (row + 1) * bad
+        self.counts = torch.stack([skipped + bad, row, torch.maximum(longest, row), torch.where(row > longest, step, last)])
+
+    def read(self) -> tuple[int, int | None]:
+        """(steps skipped so far, the last of `stop_after` or more skipped in a row or None)."""
+        skipped, _, longest, last = self.counts.tolist()
+        return skipped, last if longest >= self.stop_after else None
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the step
+
+
+def encode(
+    model: TMASS, images: Tensor, tokens: Int[Tensor, "n tokens"], config: Config
+) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n frames dim"]]:
+    """t = phi_t(caption) and f = phi_v(frame) of this process's pairs, in autocast; float32.
+
+    With --micro-batch only the features are kept of each micro-batch; its activations are computed again when the gradient of the loss, which
+    has seen the features of the whole batch, comes back to it. So gradients are those of one batch, and memory is that of a micro-batch
+    (gradient caching). With --freeze vision, images are the features already."""
+
+    def part(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(tokens.device, config.amp):
+            return model.encode_text(tokens), images if config.freeze == "vision" else model.encode_frames(data.normalise(images))
+
+    if config.micro_batch is None or config.micro_batch >= len(tokens):
+        return part(images, tokens)
+    micro_batches = zip(images.split(config.micro_batch), tokens.split(config.micro_batch))
+    parts = [checkpoint(part, *micro_batch, use_reentrant=False, preserve_rng_state=False) for micro_batch in micro_batches]
+    text, frames = (torch.cat(features) for features in zip(*parts))
+    return text, frames
+
+
+def head_loss(
+    model: TMASS, text: Float[Tensor, "n dim"], frames: Float[Tensor, "n frames dim"], config: Config
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """From the features of a whole batch, in which text i belongs to video i, to the loss and its parts, in the paper's order; float32."""
+    video = model.fusion(text, frames)  # v = psi(t, f)
+    scale = model.logit_scale.exp()
+    if config.method != "tmass":
+        loss = symmetric_cross_entropy(cosine_scores(text, video), scale)  # L_ce
+        return loss, {"L_ce": loss}
+    radius = model.radius(text, frames)  # R = exp(S W + b)
+    mass = matched(radius)[:, None] if config.pairs == "matched" else radius  # (texts, 1 or videos, dim)
+    noise = draw_noise(mass, config.prior, config.prior_std)  # eps
+    t_s = stochastic_text(text, mass, noise)[0].squeeze(1)  # t_s = t + R eps
+    t_sup = support_text(text, matched(video), matched(radius))
+    return tmass_loss(t_s, t_sup, video, scale, config.alpha)  # L_s + alpha L_sup
+
+
+def train_step(state: State, images: Tensor, tokens: Int[Tensor, "n tokens"], config: Config, pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """One step, on this process's share of a batch of `pairs`. Returns the loss and its parts, on the device: nothing here waits for a GPU.
+
+    Every process computes the loss of the whole batch, from the same features and, as the step's number seeds it, the same noise."""
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    torch.manual_seed(config.seed * 1_000_003 + state.step)  # dropout's and eps's: a step's number is all of its luck
+    state.guard.before()
+    text, frames = encode(model, images, tokens, config)  # t, f
+    text, frames = gather_features(text, pairs), gather_features(frames, pairs)  # of all processes
+    loss, parts = head_loss(model, text, frames, config)  # L
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    state.averaging.wait()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    state.guard.look(optimizer, loss.detach(), norm, state.step)
+    scaler.step(optimizer)
+    scaler.update()
+    state.schedule.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=math.log(100))  # CLIP's own bound on the temperature
+    state.step += 1
+    return loss.detach(), {name: part.detach() for name, part in parts.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- several processes
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes. Each has the loss of all rows, so the gradient of a process's own rows is complete there; times their number,
+    because gradients of weights are averaged over processes (Averaging), which leaves the heads' as they are and sums CLIP's."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, rows: slice, total: int) -> Tensor:
+        ctx.rows = rows
+        every = own.new_zeros(total, *own.shape[1:])
+        every[rows] = own
+        dist.all_reduce(every)
+        return every
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.rows] * dist.get_world_size(), None, None
+
+
+def gather_features(own: Float[Tensor, " n *rest"], total: int) -> Float[Tensor, " total *rest"]:
+    """The features of the whole batch, of which this process has its share; gradients go back to each process's own."""
+    return _Gather.apply(own, share(total), total) if dist.is_initialized() else own
+
+
+class Averaging:
+    """The mean of each gradient over the processes, under way as soon as backward has made it, while it makes the next."""
+
+    def __init__(self, model: TMASS):
+        self.under_way: list[dist.Work] = []
+        for parameter in model.parameters() if dist.is_initialized() else ():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._start)
+
+    def _start(self, parameter: Tensor) -> None:
+        self.under_way.append(dist.all_reduce(parameter.grad.div_(dist.get_world_size()), async_op=True))
+
+    def wait(self) -> None:
+        """Returns when all of them are there (on CUDA: when all are queued before what follows)."""
+        while self.under_way:
+            self.under_way.pop().wait()
+
+
+@contextlib.contextmanager
+def one_before_the_others() -> Iterator[None]:
+    """Under torchrun, one process of each machine runs a block before the others: what it downloads, renders or decodes is then there for them."""
+    first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
+    if not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if first and dist.is_initialized():
+            dist.barrier()
+
+
+T = TypeVar("T")
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What a function returns or raises in the first process, in all of them."""
+    if not dist.is_initialized():
+        return function()
+    box: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except (DataError, ModelError) as error:
+            box[0] = error
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in any process."""
+    if dist.is_initialized():
+        flags = torch.tensor(flag, dtype=torch.int32, device=device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        flag = bool(flags)
+    return flag
+
+
+# ------------------------------------------------------------------------------------------------------------------------ training
+
+
+LOG_EVERY = 10  # steps between rows of metrics.jsonl: only there does the CPU wait for a GPU
+
+
 def validate(model: TMASS, clips: list[Clip], cache: FrameCache, config: Config) -> dict[str, dict[str, float]]:
-    """Metrics on the validation split, exactly as evaluate.py makes them."""
+    """Metrics on the validation split, exactly as evaluate.py makes them; every process encodes and scores its share of the videos."""
+    own = share(len(clips))
     store = feature_cache(cache, model) if config.freeze == "vision" else None
-    features = extract_features(model, clips, cache, config.batch, config.workers, config.amp, store, keep=store is not None)
-    noise = noise_bank(config.M, features.text.shape[1], config.seed, config.prior, config.prior_std)
-    return retrieval_metrics(scores(model.eval(), features.text, features.frames, noise), features.owner)
+    features = extract_features(model, clips[own], cache, config.batch, config.workers, config.amp, store, keep=store is not None)
+    text, owner = gather(features.text), gather(features.owner + own.start)
+    noise = noise_bank(config.M, text.shape[1], config.seed, config.prior, config.prior_std)
+    matrix = gather(scores(model.eval(), text, features.frames, noise).T.contiguous()).T
+    return retrieval_metrics(matrix, owner)
+
+
+def check(config: Config, model: TMASS, batches: list[list[tuple[int, int]]], val_clips: list[Clip]) -> None:
+    """Raises ModelError for what cannot be trained as asked."""
+    world, batch_norm = rank_and_world()[1], any(isinstance(module, nn.BatchNorm2d) for module in model.clip.modules())
+    if config.method == "clip" and batch_norm and (world > 1 or config.micro_batch):
+        raise ModelError("--method clip trains the batch norm of this CLIP, whose statistics are the whole batch's: leave --micro-batch away, and "
+                         "start one process.")  # fmt: skip
+    if config.micro_batch is not None and config.micro_batch < 1:
+        raise ModelError(f"--micro-batch {config.micro_batch}: give a number of pairs from 1 to --batch.")
+    if world > min(len(val_clips), *map(len, batches)):
+        raise ModelError(f"{world} processes are more than the pairs of a batch or the validation clips: start fewer.")
+
+
+def compile_encoders(model: TMASS, choice: str) -> None:
+    """--compile: CLIP's two transformers (or its ResNet) become compiled when they first run; names in checkpoints stay."""
+    if choice == "on" or (choice == "auto" and model.logit_scale.is_cuda and importlib.util.find_spec("triton")):
+        model.clip.visual.compile()
+        model.clip.transformer.compile()
 
 
 def train(config: Config) -> Path:
     """Trains as the config says. Returns the run's folder: last.pt, best.pt (by R@1 + R@5 + R@10 on validation), metrics.jsonl, loss.png.
 
-    Ctrl-C or SIGTERM ends the step, saves, and stops. Raises DataError and ModelError, each with a sentence for the user."""
-    device = choose_device(config.device)
+    Ctrl-C or SIGTERM ends the step (with several processes: at most ten), saves, and stops. Under torchrun every process calls this, and the
+    first one writes. Raises DataError and ModelError, each with a sentence for the user."""
+    device, (rank, world) = choose_device(config.device), rank_and_world()
     if config.freeze == "vision" and (config.augment or config.sampling == "random"):
         raise ModelError("--freeze vision computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
     torch.manual_seed(config.seed)
-    model = build(config).to(device)
-    clips, val_clips = read_data(config)
-    cache = FrameCache(
-        data.cache_folder(config.dataset, config.data, config.videos), config.num_frames, model.resolution, data.CHOICES[config.sampling]
-    )
-    store = feature_cache(cache, model) if config.freeze == "vision" else None
-    skipped = cache.fill([clip for clip in [*clips, *val_clips] if not (store and store.load(clip) is not None)])
-    clips, val_clips = without(clips, skipped), without(val_clips, skipped)
+    with one_before_the_others():
+        model = build(config).to(device)
+        clips, val_clips = read_data(config)
+        folder = data.cache_folder(config.dataset, config.data, config.videos)
+        cache = FrameCache(folder, config.num_frames, model.resolution, data.CHOICES[config.sampling])
+        store = feature_cache(cache, model) if config.freeze == "vision" else None
+        unreadable = cache.fill([clip for clip in [*clips, *val_clips] if not (store and store.load(clip) is not None)])
+        clips, val_clips = without(clips, unreadable), without(val_clips, unreadable)
     dataset = ClipDataset(clips, cache, model.clip.context_length)
+    batches = data.epoch_batches(clips, config.batch, config.seed, 0)
+    check(config, model, batches, val_clips)
+    if device.type == "cuda":
+        model.clip.visual.to(memory_format=torch.channels_last)
+    compile_encoders(model, config.compile)
     if config.freeze == "vision":
         model.clip.visual.requires_grad_(False)
-        dataset.features = extract_features(model, clips, cache, config.batch, config.workers, store=store, keep=True).frames.cpu()
+        own = share(len(clips))
+        features = extract_features(model, clips[own], cache, config.batch, config.workers, store=store, keep=True)
+        dataset.features = gather(features.frames).cpu()
 
-    per_epoch = len(data.epoch_batches(clips, config.batch, config.seed, 0))
+    per_epoch = len(batches)
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)
-    clip_parameters = [p for p in model.clip.parameters() if p.requires_grad]
-    head_parameters = [*model.fusion.parameters(), *(model.radius.parameters() if model.radius else [])]
-    optimizer = torch.optim.AdamW(
-        [{"params": clip_parameters, "lr": config.clip_lr}, {"params": head_parameters, "lr": config.head_lr}],
-        weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total, config.warmup))
-
-    out, step, best = open_run(config), 0, -1.0
+    state = State(model, config, total)
+    out = from_first(lambda: open_run(config))
     fingerprint = hashlib.sha256(repr([(clip.id, clip.captions) for clip in [*clips, *val_clips]]).encode()).hexdigest()
-    if config.resume and (out / "last.pt").exists():
-        state = load_state(out / "last.pt", config, fingerprint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        step, best = state["step"], state["best"]
-    log = Log(out, step)
+    if config.resume and from_first(lambda: (out / "last.pt").exists()):
+        state.load(load_state(out / "last.pt", config, fingerprint))
+    log = Log(out, state.step, state.validated) if rank == 0 else None
     about = dict(config=plain(config), data=fingerprint, commit=git_commit())
-    record_data(out, clips, val_clips, skipped)
+    if rank == 0:
+        record_data(out, clips, val_clips, unreadable)
 
-    def save() -> None:
-        more = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), step=step, best=best)
-        save_checkpoint(out / "last.pt", model, **about, **more)
+    def save(name: str, **more) -> None:
+        if rank == 0:
+            save_checkpoint(out / name, model, **about, **more)
 
-    print(f"{config.method} on {config.dataset}: {len(clips)} clips, {total} steps of {config.batch} pairs on {device}, run {out}", flush=True)
-    bar = tqdm(initial=step, total=total, desc=config.method, unit=" steps")
+    if rank == 0:
+        machine = f"{device}" if world == 1 else f"{world} processes on {device.type}"
+        print(f"{config.method} on {config.dataset}: {len(clips)} clips, {total} steps of {config.batch} pairs on {machine}, run {out}", flush=True)
+    bar = tqdm(initial=state.step, total=total, desc=config.method, unit=" steps", disable=rank > 0)
     with Interrupt() as interrupt:
-        while step < total:
+        while True:
+            step = state.step
+            if step > state.validated and (step % per_epoch == 0 or step == total):
+                metrics = validate(model, val_clips, cache, config)
+                state.validated = step
+                if rank == 0:
+                    log.row(step=step, val=metrics)
+                    found = "  ".join(f"{name} {value:.1f}" for name, value in metrics["t2v"].items())
+                    bar.write(f"step {step}, validation: {found}", file=sys.stdout)
+                if (score := sum(metrics["t2v"][name] for name in ("R@1", "R@5", "R@10"))) > state.best:
+                    state.best = score
+                    save("best.pt", step=step, val=metrics)
+                save("last.pt", **state.state_dict())
+            if step == total:
+                break
+            train_mode(model, config)
             epoch, done = divmod(step, per_epoch)
             dataset.augmentation = (config.seed, epoch) if config.augment else None
             dataset.sampling = (config.seed, epoch) if config.sampling == "random" else None
-            order = data.epoch_batches(clips, config.batch, config.seed, epoch)[done : done + total - step]
-            for images, tokens in data.batches(dataset, order, config.workers, pin_memory=device.type == "cuda"):
-                torch.manual_seed(config.seed * 1_000_003 + step)  # dropout's and eps's: a step's number is all of its luck
-                train_mode(model, config)
+            batches = data.epoch_batches(clips, config.batch, config.seed, epoch)[done : done + total - step]
+            loader = data.batches(dataset, [batch[share(len(batch))] for batch in batches], config.workers, pin_memory=device.type == "cuda")
+            for batch, (images, tokens) in zip(batches, loader):
                 images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
-
-                # ---- the step, in the paper's order -----------------------------------------------------------------------------
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda"):
-                    text = model.encode_text(tokens)  # t = phi_t(caption)
-                    frames = images if config.freeze == "vision" else model.encode_frames(data.normalise(images))  # f = phi_v
-                video = model.fusion(text, frames)  # v = psi(t, f)
-                scale = model.logit_scale.exp()
-                if config.method == "tmass":
-                    radius = model.radius(text, frames)  # R = exp(S W + b)
-                    mass = matched(radius)[:, None] if config.pairs == "matched" else radius  # (texts, 1 or videos, dim)
-                    noise = draw_noise(mass, config.prior, config.prior_std)  # eps
-                    t_s = stochastic_text(text, mass, noise)[0].squeeze(1)  # t_s = t + R eps
-                    t_sup = support_text(text, matched(video), matched(radius))
-                    loss, parts = tmass_loss(t_s, t_sup, video, scale, config.alpha)  # L_s + alpha L_sup
-                else:
-                    loss = symmetric_cross_entropy(cosine_scores(text, video), scale)  # L_ce
-                    parts = {"L_ce": loss}
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-                optimizer.step()
-                schedule.step()
-                with torch.no_grad():
-                    model.logit_scale.clamp_(max=math.log(100))  # CLIP's own bound on the temperature
-                # ------------------------------------------------------------------------------------------------------------------
-
-                step += 1
+                loss, parts = train_step(state, images, tokens, config, len(batch))
+                step = state.step
                 bar.update()
-                if step % 10 == 0 or step == total:
-                    numbers = {name: part.item() for name, part in parts.items()}
-                    if not math.isfinite(loss.item()):
-                        raise ModelError(f"the loss is {loss.item()} at step {step}: lower --head-lr or --clip-lr; {out}/last.pt is from before.")
-                    bar.set_postfix({"loss": f"{loss.item():.3f}"})
-                    log.row(step=step, loss=loss.item(), **numbers, scale=scale.item(), lr=schedule.get_last_lr())
-                if interrupt.asked or (config.save_every and step % config.save_every == 0):
-                    save()
-                if interrupt.asked:
+                logged = step % LOG_EVERY == 0 or step == total
+                if logged:
+                    skipped, last = state.guard.read()
+                    numbers = {name: finite(value) for name, value in {"loss": loss, **parts, "scale": model.logit_scale.exp()}.items()}
+                    if rank == 0:
+                        bar.set_postfix({"loss": numbers["loss"]}, refresh=False)
+                        log.row(step=step, **numbers, lr=state.schedule.get_last_lr(), skipped=skipped)
+                    if last is not None:
+                        order = data.epoch_batches(clips, config.batch, config.seed, last // per_epoch)[last % per_epoch]
+                        raise ModelError(f"{state.guard.stop_after} steps in a row had a loss or gradient that is not finite, the last of them step "
+                                         f"{last + 1}, with the clips {', '.join(clips[clip].id for clip, _ in order)}: look at these, or lower "
+                                         f"--head-lr or --clip-lr; the weights in {out} are from before.")  # fmt: skip
+                stop = any_process(interrupt.asked, device) if world > 1 and logged else world == 1 and interrupt.asked
+                if stop or (config.save_every and step % config.save_every == 0):
+                    save("last.pt", **state.state_dict())
+                if stop:
+                    if world > 1:
+                        dist.barrier()  # the first has saved
                     raise KeyboardInterrupt(f"stopped after step {step} of {total}: go on with the same command and --out {out} --resume")
-            if step % per_epoch == 0 or step == total:
-                metrics = validate(model, val_clips, cache, config)
-                log.row(step=step, val=metrics)
-                bar.write(f"step {step}, validation: " + "  ".join(f"{name} {value:.1f}" for name, value in metrics["t2v"].items()), file=sys.stdout)
-                if (score := sum(metrics["t2v"][name] for name in ("R@1", "R@5", "R@10"))) > best:
-                    best = score
-                    save_checkpoint(out / "best.pt", model, **about, step=step, val=metrics)
-                save()
     bar.close()
-    if not finished(out):
-        log.row(step=step, done=True)
-    plot_losses(out)
+    if rank == 0:
+        if not finished(out):
+            log.row(step=state.step, done=True)
+        plot_losses(out)
+    if world > 1:
+        dist.barrier()  # the files are there for all
     return out
+
+
+def finite(value: Tensor) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    number = value.item()
+    return number if math.isfinite(number) else None
 
 
 # --------------------------------------------------------------------------------------------------------------------------- records
 
 
 class Interrupt:
-    """While it holds, the first Ctrl-C or SIGTERM only sets `asked`, so that a step can be ended and saved; the next one kills."""
+    """While it holds, the first Ctrl-C or SIGTERM only sets `asked`, so that a step can be ended and saved; the next one kills.
+
+    Under torchrun the next ones do nothing: torchrun passes on a signal that the terminal has sent to all already, and kills by itself later."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -397,7 +670,8 @@ class Interrupt:
 
     def _ask(self, *_) -> None:
         self.asked = True
-        self.__exit__()
+        if not dist.is_initialized():
+            self.__exit__()
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
@@ -405,23 +679,33 @@ class Interrupt:
 
 
 class Log:
-    """metrics.jsonl: one row a line. Rows of steps after `step` (a run that is resumed repeats them) are dropped first."""
+    """metrics.jsonl: one row a line. Rows after `step` and validations after `validated` (a run that is resumed repeats them) are dropped first."""
 
-    def __init__(self, out: Path, step: int):
+    def __init__(self, out: Path, step: int, validated: int):
         self.path, self.started = out / "metrics.jsonl", time.time()
-        rows = [row for row in read_log(out) if row["step"] <= step] if step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [row for row in read_log(out) if row["step"] <= (validated if "val" in row else step)] if step else []
+        self._write(self.path.with_name(".metrics.jsonl.part"), "w", "".join(json.dumps(row) + "\n" for row in rows)).replace(self.path)
 
     def row(self, **values) -> None:
-        """Appends a row, with the seconds since this process began to train."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({**values, "seconds": round(time.time() - self.started, 2)}) + "\n")
+        """Appends a row, with the seconds since this process began to train. Raises ModelError where the disk is full."""
+        self._write(self.path, "a", json.dumps({**values, "seconds": round(time.time() - self.started, 2)}) + "\n")
+
+    def _write(self, path: Path, mode: str, text: str) -> Path:
+        try:
+            with path.open(mode) as file:
+                file.write(text)
+        except OSError as error:
+            raise ModelError(f"{self.path} could not be written ({error.strerror}): make room there, then go on by --resume.") from None
+        return path
 
 
 def read_log(out: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl."""
-    path = out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a run's metrics.jsonl, without a last line that was cut short (a full disk)."""
+    path, rows = out / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def plot_losses(out: Path) -> None:
@@ -459,12 +743,18 @@ def git_commit() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Anything wrong with the input ends it with one sentence and exit code 1."""
     try:
-        train(parse(arguments))
+        config = parse(arguments)
+        join_processes(config.device)
+        train(config)
     except (DataError, ModelError) as error:
-        sys.exit(f"error: {error}")
+        rank, _ = rank_and_world()
+        sys.exit(f"error (process {rank}): {error}" if rank else f"error: {error}")
     except KeyboardInterrupt as stop:
-        print(stop or "stopped")
+        if rank_and_world()[0] == 0:
+            print(stop or "stopped")
         sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
