@@ -341,9 +341,9 @@ KILLS = int(os.environ.get("TMASS_KILLS", 3))  # TMASS_KILLS=10 pytest -s -k kil
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped(config, tmp_path):
     """kill -9 at a random moment: within a step, a validation, the writing of a checkpoint, or before the first step."""
-    config = replace(config, epochs=1 + KILLS, max_steps=9 + 3 * KILLS, save_every=1)  # 10 steps an epoch
+    config = replace(config, epochs=1 + KILLS, max_steps=9 + 6 * KILLS, save_every=1)  # 10 steps an epoch
     whole = train.train(replace(config, out=tmp_path / "whole", save_every=0))
-    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+    context, rng = multiprocessing.get_context("forkserver"), random.Random()
     context.set_forkserver_preload(["train"])  # imported once: a start costs a fork
 
     def start():
@@ -351,15 +351,21 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
         process.start()
         return process
 
-    kills, last = [], config.out / "last.pt"
+    last = config.out / "last.pt"
+
+    def written() -> int | None:
+        return last.stat().st_mtime_ns if last.exists() else None
+
+    kills = []
     while len(kills) < KILLS:
-        process, seen, written = start(), 0, None
-        steps = rng.randint(0, 4)  # checkpoints to see before the kill
-        while process.is_alive() and seen < steps:
-            now = last.stat().st_mtime_ns if last.exists() else None
-            seen, written = seen + (now != written), now
+        process, seen, newest = start(), 0, written()
+        steps = rng.randint(0, 4)  # new checkpoints to see before the kill; none: at any time before the first
+        end = time.monotonic() + (rng.random() if steps == 0 else 60)
+        while process.is_alive() and seen < max(1, steps) and time.monotonic() < end:
+            now = written()
+            seen, newest = seen + (now != newest), now
             time.sleep(0.001)
-        time.sleep(rng.random() * (0.05 if steps else 2))
+        time.sleep(rng.random() * 0.05 * (steps > 0))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run ended before its last kill"
