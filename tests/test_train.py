@@ -347,7 +347,7 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
     context.set_forkserver_preload(["train"])  # imported once: a start costs a fork
 
     def start():
-        process = context.Process(target=quietly, args=(replace(config, resume=True),))
+        process = context.Process(target=quietly, args=(replace(config, resume=True), torch.get_num_threads()))
         process.start()
         return process
 
@@ -372,9 +372,9 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
     assert same_rows(whole, config.out)
 
 
-def quietly(config: Config) -> None:
-    """train, in a process of its own."""
-    torch.set_num_threads(1)
+def quietly(config: Config, threads: int) -> None:
+    """train, in a process of its own: with as many threads, on which sums depend."""
+    torch.set_num_threads(threads)
     with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
         train.train(config)
 
