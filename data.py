@@ -354,20 +354,33 @@ READERS: dict[str, Callable[[Files], Iterator[Clip]]] = {
     "vatex": read_vatex,
     "msvd": read_msvd,
 }
-# What a user has to get, by the data set's folder below --data.
-NEEDS = {
-    "msrvtt": "MSR-VTT needs MSRVTT_data.json, MSRVTT_train.9k.csv (or .7k.csv), MSRVTT_JSFUSION_test.csv and the videos video0.mp4 to "
-    "video9999.mp4: msrvtt_data.zip of github.com/ArrowLuo/CLIP4Clip's releases and MSRVTT.zip of github.com/m-bain/frozen-in-time",
-    "lsmdc": "LSMDC needs LSMDC16_annos_training.csv, LSMDC16_annos_val.csv, LSMDC16_challenge_1000_publictect.csv and the .avi clips: a "
-    "signed licence, by sites.google.com/site/describingmovies/download",
-    "didemo": "DiDeMo needs train_data.json, val_data.json, test_data.json and the Flickr videos (github.com/LisaAnne/LocalizingMoments), "
-    "and for the split of retrieval papers train_list.txt, val_list.txt, test_list.txt (github.com/albanie/collaborative-experts)",
-    "charades": "Charades needs Charades_v1_train.csv, Charades_v1_test.csv and the videos of Charades_v1_480 (prior.allenai.org/projects/charades)",
-    "vatex": "VATEX needs vatex_training_v1.0.json, vatex_validation_v1.0.json (eric-xw.github.io/vatex-website), the YouTube clips, and for "
-    "the split of retrieval papers HGR's val_list.txt and test_list.txt",
-    "msvd": "MSVD needs captions_msvd.json or raw-captions.pkl, train_list.txt, val_list.txt, test_list.txt (msvd_data.zip of "
-    "github.com/ArrowLuo/CLIP4Clip's releases) and the .avi clips (cs.utexas.edu/users/ml/clamp/videoDescription)",
-}
+# What a user has to get, by the data set's folder below --data: the annotation files without which nothing is read, and the rest.
+NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "msrvtt": (("MSRVTT_data.json", "MSRVTT_train.9k.csv or MSRVTT_train.7k.csv", "MSRVTT_JSFUSION_test.csv"),
+               "the videos video0.mp4 to video9999.mp4: msrvtt_data.zip of github.com/ArrowLuo/CLIP4Clip's releases and MSRVTT.zip of "
+               "github.com/m-bain/frozen-in-time"),
+    "lsmdc": (("LSMDC16_annos_training.csv", "LSMDC16_annos_val.csv", "LSMDC16_challenge_1000_publictect.csv"),
+              "the .avi clips: a signed licence, by sites.google.com/site/describingmovies/download"),
+    "didemo": (("train_data.json", "val_data.json", "test_data.json"),
+               "the Flickr videos (github.com/LisaAnne/LocalizingMoments), and for the split of retrieval papers train_list.txt, val_list.txt, "
+               "test_list.txt (github.com/albanie/collaborative-experts)"),
+    "charades": (("Charades_v1_train.csv", "Charades_v1_test.csv"), "the videos of Charades_v1_480 (prior.allenai.org/projects/charades)"),
+    "vatex": (("vatex_training_v1.0.json", "vatex_validation_v1.0.json"),
+              "the YouTube clips (eric-xw.github.io/vatex-website), and for the split of retrieval papers HGR's val_list.txt and test_list.txt"),
+    "msvd": (("captions_msvd.json or raw-captions.pkl", "train_list.txt", "val_list.txt", "test_list.txt"),
+             "the .avi clips (cs.utexas.edu/users/ml/clamp/videoDescription); the lists are in msvd_data.zip of github.com/ArrowLuo/CLIP4Clip's "
+             "releases"),
+}  # fmt: skip
+
+
+def open_files(dataset: str, data: Path, annotations: Path | None = None, videos: Path | None = None) -> Files:
+    """The files of one of READERS' data sets. Raises DataError that says what to get and where to put it, where there is no such folder."""
+    if dataset not in READERS:
+        raise DataError(f"unknown data set {dataset!r}; choose one of shapes, csv, {', '.join(READERS)}.")
+    name = dataset.split("-")[0]
+    root, (names, rest) = annotations or data / name, NEEDS[name]
+    needs = f"{name} needs {', '.join(names)} and {rest}. Put them anywhere below {root}, or try --dataset shapes, which is built in."
+    return Files(root, videos, needs)
 
 
 def read_clips(dataset: str, data: Path, annotations: Path | None = None, videos: Path | None = None) -> list[Clip]:
@@ -381,11 +394,8 @@ def read_clips(dataset: str, data: Path, annotations: Path | None = None, videos
         if annotations is None or videos is None:
             raise DataError("--dataset csv needs --annotations FILE (video,caption[,split]) and --videos DIR.")
         return read_csv(annotations, videos)
-    if dataset not in READERS:
-        raise DataError(f"unknown data set {dataset!r}; choose one of shapes, csv, {', '.join(READERS)}.")
-    folder = dataset.split("-")[0]
-    root = annotations or data / folder
-    files = Files(root, videos, f"{NEEDS[folder]}. Put them anywhere below {root}, or try --dataset shapes, which is built in.")
+    files = open_files(dataset, data, annotations, videos)
+    root = files.annotations
     try:
         clips = list(READERS[dataset](files))
     except (KeyError, TypeError, AttributeError) as error:
@@ -802,6 +812,11 @@ def check(
         videos: the folder of videos, where it is another one
         read: open every video (not only look whether it is there)
     """
+    if dataset in READERS:
+        files = open_files(dataset, data, annotations, videos)
+        for name in NEEDS[dataset.split("-")[0]][0]:
+            found = [str(files.annotation(other)) for other in name.split(" or ") if files.has(other)]
+            print(f"{name}: {', '.join(found) or 'not found'}")
     clips = read_clips(dataset, data, annotations, videos)
     encode = _import_clip().clip._tokenizer.encode
     reasons = in_parallel(partial(_unreadable, read=read), clips, "opening videos")

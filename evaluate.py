@@ -645,7 +645,8 @@ def readable(clips: list[Clip], cache: FrameCache, store: FeatureCache, allow_mi
 
 
 def evaluate(config: EvaluationConfig, path: Path) -> dict:
-    """Evaluates one checkpoint; writes results.json, ranks.png and retrieved.png; returns what results.json holds.
+    """Evaluates one checkpoint; writes results.json, ranks.png and retrieved.png (with -LEAKS in their names under
+    --protocol released); returns what results.json holds.
 
     Under torchrun each process encodes and scores its share of the videos; the first one writes."""
     started = time.time()
@@ -716,15 +717,16 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         "trained": trained,
     }
     out = config.out / file.parent.name if config.out else file.parent
+    mark = "-LEAKS" if config.protocol == "released" else ""  # honest results are not overwritten by others
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-        rank_histogram(out / "ranks.png", text_to_video_ranks(matrix, owner), len(clips))
+        (out / f"results{mark}.json").write_text(json.dumps(result, indent=2) + "\n")
+        rank_histogram(out / f"ranks{mark}.png", text_to_video_ranks(matrix, owner), len(clips))
         try:
-            contact_sheet(out / "retrieved.png", matrix.cpu(), owner.cpu(), clips, cache)
+            contact_sheet(out / f"retrieved{mark}.png", matrix.cpu(), owner.cpu(), clips, cache)
         except DataError as error:  # kept features may have outlived videos and frames
             print(f"no retrieved.png: {error}", file=sys.stderr)
-    return {**result, "out": str(out)}
+    return {**result, "written": f"{out}/results{mark}.json, ranks{mark}.png, retrieved{mark}.png"}
 
 
 METHODS = {"clip": "mean pooling", "xpool": "X-Pool", "tmass": "T-MASS"}
@@ -750,7 +752,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chance = f"chance: R@10 {min(100, 1000 / r['videos']):.1f}, MdR {(r['videos'] + 1) / 2:g}"
         print(f"{r['dataset']}, {r['split']} split: {r['texts']} captions x {r['videos']} videos, {how}; {chance}\n")
         print(table(rows))
-        print("\n" + "\n".join(f"written: {result['out']}/results.json, ranks.png, retrieved.png" for result in results))
+        print("\n" + "\n".join(f"written: {result['written']}" for result in results))
     if dist.is_initialized():
         dist.destroy_process_group()
 

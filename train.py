@@ -553,8 +553,8 @@ def train(config: Config) -> Path:
         raise ModelError("--freeze vision computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
     torch.manual_seed(config.seed)
     with one_before_the_others():
+        clips, val_clips = read_data(config)  # before weights are downloaded or made
         model = build(config).to(device)
-        clips, val_clips = read_data(config)
         folder = data.cache_folder(config.dataset, config.data, config.videos)
         cache = FrameCache(folder, config.num_frames, model.resolution, data.CHOICES[config.sampling])
         store = feature_cache(cache, model) if config.freeze == "vision" else None

@@ -129,7 +129,7 @@ def test_evaluate_scores_a_released_checkpoint(released, clips_folder, tmp_path,
     assert honest["prior"] == {"prior": "uniform", "std": 1.0} and (honest["texts"], honest["videos"], honest["M"]) == (4, 4, 20)
     assert "T-MASS, M = 20, U(0, 1)" in capsys.readouterr().out
     evaluate.main([*flags, "--dataset", "csv", "--captions", "first", "--protocol", "released", "--prior", "normal", "--prior-std", "0.003"])
-    leaky = json.loads(Path("results.json").read_text())
+    leaky = json.loads(Path("results-LEAKS.json").read_text())
     assert leaky["prior"] == {"prior": "normal", "std": 0.003} and "N(0, 0.003^2), LEAKS" in leaky["name"]
     with pytest.raises(SystemExit, match=r"^error: model_best\.pth does not say which data set it is for: name one by --dataset"):
         evaluate.main(flags)

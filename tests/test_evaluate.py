@@ -269,11 +269,15 @@ def test_contact_sheet_is_a_picture(clips, tmp_path):
 
 @pytest.fixture
 def run(clips_folder, tmp_path, monkeypatch):
-    """evaluate.py on a random T-MASS and the small data set: run(*flags) gives results.json and what was printed."""
+    """evaluate.py on a random T-MASS and the small data set: run(*flags) gives what it wrote to results.json."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "runs" / "one" / "best.pt", random_model(frames=3))
     flags = ["--dataset", "csv", "--annotations", str(clips_folder / "clips.csv"), "--videos", str(clips_folder / "clips"), "--device", "cpu"]
-    return lambda *more: evaluate.main([*flags, "--M", "3", *more]) or json.loads((tmp_path / "runs" / "one" / "results.json").read_text())
+
+    def newest():
+        return json.loads(max((tmp_path / "runs" / "one").glob("results*.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
+
+    return lambda *more: evaluate.main([*flags, "--M", "3", *more]) or newest()
 
 
 def test_the_latest_run_is_evaluated_and_reported_alike_each_time(run, capsys, tmp_path):
@@ -323,12 +327,17 @@ def test_no_draws_and_score_mean_are_the_same(run):
     assert run("--M", "0")["metrics"] == run("--score", "mean")["metrics"] != run()["metrics"]
 
 
-def test_every_row_of_the_released_protocol_says_that_it_leaks(run, capsys):
+def test_every_row_of_the_released_protocol_says_that_it_leaks_and_its_files_too(run, capsys, tmp_path):
+    honest = run()
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="one caption a video"):
         run("--protocol", "released")
     run("--protocol", "released", "--captions", "first", "--checkpoint", "runs/one", "runs/one/best.pt")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| T-MASS")]
     assert len(rows) == 2 and all("LEAKS" in row for row in rows)
+    assert (
+        json.loads((tmp_path / "runs" / "one" / "results.json").read_text()) == honest and (tmp_path / "runs" / "one" / "results-LEAKS.json").exists()
+    )
 
 
 def test_dual_softmax_is_called_transductive_and_uses_other_queries(run, capsys):
