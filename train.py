@@ -136,6 +136,14 @@ class Config:
     """steps between checkpoints, besides the one at each epoch's end"""
 
 
+# The smallest and largest values of numbers; others have none.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_frames", "heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
+    **dict.fromkeys(("prior_std", "alpha", "M", "clip_lr", "head_lr", "weight_decay", "seed", "workers", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("initial_radius", "grad_clip"), (1e-6, math.inf)),
+    **dict.fromkeys(("dropout", "warmup"), (0, 1)),
+}
+
 # A data set's numbers where they differ from the defaults. The released code's commands: head_lr 3e-5 for MSR-VTT, 1e-5 for LSMDC; numbers
 # that a data set has of its own and that we do not know for certain are left at the defaults.
 SMALL = dict(arch="tiny", weight_decay=0.01, augment=False)
@@ -165,6 +173,14 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     chosen, _ = first.parse_known_args(arguments)
     default = preset(chosen.dataset, chosen.method)
     return tyro.cli(Config, default=default, args=arguments, description=__doc__)
+
+
+def check_numbers(config: Config) -> None:
+    """Raises ModelError for a number that is out of its range."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ModelError(f"--{name.replace('_', '-')} {value}: give a number from {low:g} {f'to {high:g}' if high < math.inf else 'on'}.")
 
 
 # -------------------------------------------------------------------------------------------------------------- what a run starts from
@@ -209,10 +225,20 @@ def without(clips: list[Clip], unreadable: dict[str, str]) -> list[Clip]:
     return left
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises ModelError where a file or folder of a run cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{path} could not be written ({error.strerror}): make room there and go on by --resume, or name another --out.") from None
+
+
 def record_data(out: Path, clips: list[Clip], val_clips: list[Clip], unreadable: dict[str, str]) -> None:
     """data.json: the clips of this run's validation, and those that were skipped, each with the reason; says how many these are."""
     content = dict(train=len(clips), val=[clip.id for clip in val_clips], skipped=unreadable)
-    (out / "data.json").write_text(json.dumps(content, indent=1) + "\n")
+    with writing(out / "data.json"):
+        (out / "data.json").write_text(json.dumps(content, indent=1) + "\n")
     if unreadable:
         print(
             f"{len(unreadable)} clips cannot be read and are skipped, listed in {out}/data.json; the first: {next(iter(unreadable.values()))}",
@@ -222,7 +248,8 @@ def record_data(out: Path, clips: list[Clip], val_clips: list[Clip], unreadable:
 
 def run_folder(config: Config) -> Path:
     """runs/DATASET-ARCH-METHOD, where a run goes that names no folder."""
-    return Path("runs") / re.sub(r"[^a-z0-9-]+", "", f"{config.dataset}-{Path(config.arch).stem}-{config.method}".lower())
+    arch = Path(config.arch).stem if Path(config.arch).is_file() else config.arch
+    return Path("runs") / re.sub(r"[^a-z0-9-]+", "", f"{config.dataset}-{arch}-{config.method}".lower())
 
 
 def open_run(config: Config) -> Path:
@@ -235,7 +262,8 @@ def open_run(config: Config) -> Path:
         while (out.parent / f"{out.name}-{number}").exists():
             number += 1
         out = out.parent / f"{out.name}-{number}"
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -299,7 +327,7 @@ class State:
         clip_parameters = [p for p in model.clip.parameters() if p.requires_grad]
         head_parameters = [*model.fusion.parameters(), *(model.radius.parameters() if model.radius else [])]
         groups = [{"params": clip_parameters, "lr": config.clip_lr}, {"params": head_parameters, "lr": config.head_lr}]
-        self.model, self.step, self.validated, self.best = model, 0, 0, -1.0
+        self.model, self.step, self.validated, self.best, self.val = model, 0, 0, -1.0, None  # val: metrics of the last validation
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, total, config.warmup))
         self.scaler = torch.amp.GradScaler(device.type, enabled=resolve_amp(device, config.amp) == "fp16")
@@ -309,18 +337,22 @@ class State:
     def state_dict(self) -> dict:
         """All of it but the model, as plain values and tensors."""
         return dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
-                    guard=self.guard.counts.tolist(), step=self.step, validated=self.validated, best=self.best)  # fmt: skip
+                    guard=self.guard.counts.tolist(), step=self.step, validated=self.validated, best=self.best, val=self.val)  # fmt: skip
 
     def load(self, state: dict) -> None:
-        """Goes back to what last.pt holds, the model included."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.scaler.is_enabled() and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        self.guard.counts = self.guard.counts.new_tensor(state.get("guard", [0, 0, 0, 0]))
-        self.step, self.best = state["step"], state["best"]
-        self.validated = state.get("validated", self.step)
+        """Goes back to what last.pt holds, the model included. Raises ModelError where it does not fit."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            self.guard.counts = self.guard.counts.new_tensor(state["guard"])
+            self.step, self.validated, self.best, self.val = state["step"], state["validated"], state["best"], state["val"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            what = str(error).strip().splitlines()[0]
+            raise ModelError(f"last.pt does not fit this model ({what}): another version wrote it, or --arch names other weights now; name another "
+                             "--out.") from None  # fmt: skip
 
 
 class Guard:
@@ -341,9 +373,9 @@ class Guard:
         """Remembers the statistics that the step's forward pass will move."""
         self.remembered = [buffer.clone() for buffer in self.statistics]
 
-    def look(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""], norm: Float[Tensor, ""], step: int) -> None:
-        """Has the optimizer skip the step, where loss or gradient norm is not finite."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    def look(self, optimizer: torch.optim.Optimizer, norm: Float[Tensor, ""], step: int) -> None:
+        """Has the optimizer skip the step, where the gradient's norm is not finite (so does GradScaler, by itself)."""
+        bad = ~norm.isfinite()
         optimizer.found_inf = bad.float()
         for buffer, old in zip(self.statistics, self.remembered):
             buffer.copy_(torch.where(bad, old, buffer))
@@ -409,11 +441,11 @@ def train_step(state: State, images: Tensor, tokens: Int[Tensor, "n tokens"], co
     text, frames = gather_features(text, pairs), gather_features(frames, pairs)  # of all processes
     loss, parts = head_loss(model, text, frames, config)  # L
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # a loss that is not finite gives no gradient that is
     state.averaging.wait()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    state.guard.look(optimizer, loss.detach(), norm, state.step)
+    state.guard.look(optimizer, norm, state.step)
     scaler.step(optimizer)
     scaler.update()
     state.schedule.step()
@@ -530,8 +562,6 @@ def check(config: Config, model: TMASS, batches: list[list[tuple[int, int]]], va
     if config.method == "clip" and batch_norm and (world > 1 or config.micro_batch):
         raise ModelError("--method clip trains the batch norm of this CLIP, whose statistics are the whole batch's: leave --micro-batch away, and "
                          "start one process.")  # fmt: skip
-    if config.micro_batch is not None and config.micro_batch < 1:
-        raise ModelError(f"--micro-batch {config.micro_batch}: give a number of pairs from 1 to --batch.")
     if world > min(len(val_clips), *map(len, batches)):
         raise ModelError(f"{world} processes are more than the pairs of a batch or the validation clips: start fewer.")
 
@@ -549,6 +579,7 @@ def train(config: Config) -> Path:
     Ctrl-C or SIGTERM ends the step (with several processes: at most ten), saves, and stops. Under torchrun every process calls this, and the
     first one writes. Raises DataError and ModelError, each with a sentence for the user."""
     device, (rank, world) = choose_device(config.device), rank_and_world()
+    check_numbers(config)
     if config.freeze == "vision" and (config.augment or config.sampling == "random"):
         raise ModelError("--freeze vision computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
     torch.manual_seed(config.seed)
@@ -590,21 +621,22 @@ def train(config: Config) -> Path:
 
     if rank == 0:
         machine = f"{device}" if world == 1 else f"{world} processes on {device.type}"
-        print(f"{config.method} on {config.dataset}: {len(clips)} clips, {total} steps of {config.batch} pairs on {machine}, run {out}", flush=True)
+        what = f"{config.method} on {config.dataset}: {len(clips)} clips, {total} steps of {len(batches[0])} pairs"
+        print(f"{what} on {machine}, run {out}", flush=True)
     bar = tqdm(initial=state.step, total=total, desc=config.method, unit=" steps", disable=rank > 0)
     with Interrupt() as interrupt:
         while True:
             step = state.step
             if step > state.validated and (step % per_epoch == 0 or step == total):
-                metrics = validate(model, val_clips, cache, config)
-                state.validated = step
+                save("last.pt", **state.state_dict())  # whatever ends the validation ends no more than it
+                state.val, state.validated = validate(model, val_clips, cache, config), step
                 if rank == 0:
-                    log.row(step=step, val=metrics)
-                    found = "  ".join(f"{name} {value:.1f}" for name, value in metrics["t2v"].items())
+                    log.row(step=step, val=state.val)
+                    found = "  ".join(f"{name} {value:.1f}" for name, value in state.val["t2v"].items())
                     bar.write(f"step {step}, validation: {found}", file=sys.stdout)
-                if (score := sum(metrics["t2v"][name] for name in ("R@1", "R@5", "R@10"))) > state.best:
+                if (score := sum(state.val["t2v"][name] for name in ("R@1", "R@5", "R@10"))) > state.best:
                     state.best = score
-                    save("best.pt", step=step, val=metrics)
+                    save("best.pt", step=step, val=state.val)
                 save("last.pt", **state.state_dict())
             if step == total:
                 break
@@ -684,19 +716,15 @@ class Log:
     def __init__(self, out: Path, step: int, validated: int):
         self.path, self.started = out / "metrics.jsonl", time.time()
         rows = [row for row in read_log(out) if row["step"] <= (validated if "val" in row else step)] if step else []
-        self._write(self.path.with_name(".metrics.jsonl.part"), "w", "".join(json.dumps(row) + "\n" for row in rows)).replace(self.path)
+        with writing(self.path):
+            partial = self.path.with_name(".metrics.jsonl.part")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            partial.replace(self.path)
 
     def row(self, **values) -> None:
         """Appends a row, with the seconds since this process began to train. Raises ModelError where the disk is full."""
-        self._write(self.path, "a", json.dumps({**values, "seconds": round(time.time() - self.started, 2)}) + "\n")
-
-    def _write(self, path: Path, mode: str, text: str) -> Path:
-        try:
-            with path.open(mode) as file:
-                file.write(text)
-        except OSError as error:
-            raise ModelError(f"{self.path} could not be written ({error.strerror}): make room there, then go on by --resume.") from None
-        return path
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps({**values, "seconds": round(time.time() - self.started, 2)}) + "\n")
 
 
 def read_log(out: Path) -> list[dict]:
@@ -751,7 +779,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error (process {rank}): {error}" if rank else f"error: {error}")
     except KeyboardInterrupt as stop:
         if rank_and_world()[0] == 0:
-            print(stop or "stopped")
+            print(str(stop) or "stopped")
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

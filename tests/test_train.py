@@ -250,34 +250,35 @@ def test_batch_norm_that_learns_refuses_parts_of_a_batch(config):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(amp="fp16"), dict(method="clip", trunk="resnet")], ids=["off", "fp16", "batch norm"])
-@pytest.mark.parametrize("what", ["loss", "gradient", "features"])
+@pytest.mark.parametrize("what", ["loss", "only loss", "gradient", "features"])
 def test_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, options, what):
     """Weights, statistics and AdamW's state stay; the schedule goes on; the next step is as good as ever."""
-    normal, cosine = train.head_loss, []
+    normal, calls = train.head_loss, []
 
     def broken(model, text, frames, config):
-        cosine.append(1)
-        spoil = torch.full_like(text, torch.nan if what == "features" and len(cosine) == 3 else 1.0)
+        calls.append(1)
+        spoil = torch.full_like(text, torch.nan if what == "features" and len(calls) == 6 else 1.0)
         loss, parts = normal(model, text * spoil, frames, config)
-        if what != "features" and len(cosine) == 3:
-            loss = loss * torch.inf if what == "loss" else loss + (0 * text.sum()).sqrt()  # finite, but not its gradient
+        if what != "features" and len(calls) == 6:
+            spoilt = {"loss": loss * torch.inf, "only loss": loss + torch.inf, "gradient": loss + (0 * text.sum()).sqrt()}
+            loss = spoilt[what]  # the second has a finite gradient; the third is finite, but not its gradient
         return loss, parts
 
     monkeypatch.setattr(train, "head_loss", broken)
     trunk = options.get("trunk", "vit")
     if trunk == "resnet" and what == "features":  # in the forward pass, so that the statistics see it too
-        monkeypatch.setattr(train.data, "normalise", lambda images: images / 255 if len(cosine) != 2 else images * torch.nan)
-    two, three, four = (a_step(steps=steps, **options)[0] for steps in (2, 3, 4) if not cosine.clear())
-    assert three.guard.read() == (1 + two.guard.read()[0], None) and three.step == 3
-    assert all(torch.equal(a, b) for a, b in zip(two.model.state_dict().values(), three.model.state_dict().values()))
-    before, after = (state.optimizer.state_dict()["state"] for state in (two, three))
-    assert all(torch.equal(before[k][name], after[k][name]) for k in before for name in before[k])
-    assert three.schedule.get_last_lr() != two.schedule.get_last_lr()
-    assert four.guard.read()[0] == three.guard.read()[0]
-    assert all(value.isfinite().all() for value in four.model.state_dict().values())
-    assert not torch.equal(four.model.logit_scale, three.model.logit_scale)
+        monkeypatch.setattr(train.data, "normalise", lambda images: images / 255 if len(calls) != 5 else images * torch.nan)
+    before, bad, after = (a_step(steps=steps, **options)[0] for steps in (5, 6, 7) if not calls.clear())  # fp16 finds its scale in the first three
+    assert bad.guard.read() == (1 + before.guard.read()[0], None) and bad.step == 6 and before.guard.counts[1] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before.model.state_dict().values(), bad.model.state_dict().values()))
+    moments = [state.optimizer.state_dict()["state"] for state in (before, bad)]
+    assert all(torch.equal(moments[0][k][name], moments[1][k][name]) for k in moments[0] for name in moments[0][k])
+    assert bad.schedule.get_last_lr() != before.schedule.get_last_lr()
+    assert after.guard.read()[0] == bad.guard.read()[0]
+    assert all(value.isfinite().all() for value in after.model.state_dict().values())
+    assert not torch.equal(after.model.logit_scale, bad.model.logit_scale)
     if options.get("amp") == "fp16":
-        assert three.scaler.get_scale() == two.scaler.get_scale() / 2
+        assert bad.scaler.get_scale() == before.scaler.get_scale() / 2
 
 
 def test_many_such_steps_in_a_row_end_training_with_the_clips(config, monkeypatch):
