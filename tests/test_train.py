@@ -157,6 +157,7 @@ def a_step(batch: int = 7, trunk: str = "vit", steps: int = 1, **options) -> tup
     torch.manual_seed(1)
     model = TMASS(small_clip(trunk), config.method, num_frames=3)
     train_mode(model, config)
+    train.compile_encoders(model, config.compile)
     state = State(model, config, total=10)
     images = torch.randint(0, 255, (batch, 3, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.randint(1, 49000, (batch, 20))
@@ -239,6 +240,17 @@ def test_compiled_encoders_keep_the_names_of_checkpoints():
     assert model.clip.visual._compiled_call_impl is None  # on the CPU only when asked for
     train.compile_encoders(model, "on")
     assert model.clip.visual._compiled_call_impl and model.clip.transformer._compiled_call_impl and list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("options", [dict(), dict(micro_batch=3), dict(trunk="resnet", amp="bf16")], ids=["vit", "micro-batches", "resnet, bf16"])
+def test_compiled_encoders_give_loss_and_gradients_of_eager_ones(monkeypatch, options):
+    """Captured whole, with no break in the graph; run by torch itself, because to generate code takes a minute."""
+    eager, loss = a_step(**options)
+    normal, compiled = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(normal(module, backend="aot_eager", fullgraph=True)))
+    other, same_loss = a_step(compile="on", **options)
+    assert len(compiled) == 2 and torch.allclose(loss, same_loss, rtol=1e-5)
+    assert (gradients(eager) - gradients(other)).norm() < 1e-5 * gradients(eager).norm()
 
 
 def test_batch_norm_that_learns_refuses_parts_of_a_batch(config):
@@ -386,6 +398,18 @@ def quietly(config: Config, threads: int) -> None:
         train.train(config)
 
 
+def test_a_run_killed_in_its_validation_loses_no_step(config, tmp_path, monkeypatch):
+    config = replace(config, max_steps=3)
+    whole = train.train(replace(config, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C twice
+        train.train(config)
+    calls = signal_in_step(0, monkeypatch)
+    train.train(replace(config, resume=True))
+    assert calls == [] and same_weights(whole / "last.pt", config.out / "last.pt") and same_rows(whole, config.out)
+    assert load_file(config.out / "last.pt")["val"] == load_file(whole / "best.pt")["val"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_full_disk_ends_a_run_with_one_sentence_and_loses_nothing_older(config, tmp_path, monkeypatch):
     config = replace(config, max_steps=3)
@@ -414,6 +438,11 @@ def test_resume_refuses_another_config_other_data_and_a_foreign_file(config, cli
     less.write_text((clips_folder / "clips.csv").read_text().replace(" ", "  "))
     with pytest.raises(ModelError, match="other clips or captions"):
         train.train(replace(config, max_steps=1, resume=True, annotations=less))
+    state = load_file(config.out / "last.pt")
+    state["model"]["fusion.query.weight"] = state["model"]["fusion.query.weight"][:3]
+    torch.save(state, config.out / "last.pt")
+    with pytest.raises(ModelError, match=r"last\.pt does not fit this model"):
+        train.train(replace(config, max_steps=1, resume=True))
     shutil.copy(config.out / "best.pt", config.out / "last.pt")
     with pytest.raises(ModelError, match=r"not a last\.pt"):
         train.train(replace(config, max_steps=1, resume=True))
@@ -430,6 +459,42 @@ def test_a_finished_run_is_left_as_it_is_and_a_new_one_takes_a_new_folder(config
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad input, CLI
+
+
+def test_a_run_is_named_by_data_set_arch_and_method(weights):
+    assert train.run_folder(Config(dataset="msrvtt")) == Path("runs/msrvtt-vit-b32-tmass")
+    assert train.run_folder(Config(dataset="csv", arch="ViT-L/14@336px", method="xpool")) == Path("runs/csv-vit-l14336px-xpool")
+    assert train.run_folder(Config(arch=str(weights))) == Path("runs/shapes-small-tmass")
+
+
+@pytest.mark.parametrize("mistake, says", [
+    (dict(batch=0), "--batch 0: give a number from 1 on"), (dict(micro_batch=-1), "--micro-batch -1"), (dict(max_steps=0), "--max-steps 0"),
+    (dict(dropout=1.5), "--dropout 1.5: give a number from 0 to 1"), (dict(clip_lr=math.nan), "--clip-lr nan"), (dict(seed=-1), "--seed -1"),
+    (dict(initial_radius=0), "--initial-radius 0"), (dict(num_frames=0), "--num-frames 0"), (dict(epochs=0), "--epochs 0"),
+])  # fmt: skip
+def test_numbers_out_of_range_give_one_sentence(config, mistake, says):
+    with pytest.raises(ModelError, match=says):
+        train.train(replace(config, **mistake))
+
+
+def test_every_number_of_the_config_has_a_range():
+    numbers = {name for name, kind in Config.__annotations__.items() if kind in (int, float, int | None)}
+    assert numbers == set(train.RANGES)
+    for dataset in Config.__annotations__["dataset"].__args__:
+        for method in ("clip", "xpool", "tmass"):
+            train.check_numbers(preset(dataset, method))
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_training(config, weights):
+    with pytest.raises(ModelError, match=rf"{weights}/run could not be written \(Not a directory\)"):
+        train.train(replace(config, out=weights / "run"))
+
+
+def test_ctrl_c_before_the_first_step_says_that_it_stopped(monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        train.main([])
+    assert ended.value.code == 130 and capsys.readouterr().out == "stopped\n"
 
 
 def test_bad_input_gives_one_sentence_and_no_traceback(clips_folder, weights, tmp_path, monkeypatch):
@@ -462,7 +527,7 @@ def test_bad_input_gives_one_sentence_and_no_traceback(clips_folder, weights, tm
         "corrupt.pt is not a file of weights": ("train", {"--weights": tmp_path / "corrupt.pt"}),
         "finds no CUDA device": ("train", {"--device": "cuda"}),
         "add --no-augment": ("train", {"--freeze": "vision"}),
-        "LSMDC needs LSMDC16_annos_training.csv": ("train", {"--dataset": "lsmdc", "--annotations": None, "--videos": None}),
+        "lsmdc needs LSMDC16_annos_training.csv": ("train", {"--dataset": "lsmdc", "--annotations": None, "--videos": None}),
         "no checkpoint under runs": ("evaluate", {}),
         "none/best.pt not found": ("evaluate", {"--checkpoint": tmp_path / "none/best.pt"}),
         "corrupt.pt is not a file of weights, or is damaged": ("evaluate", {"--checkpoint": tmp_path / "corrupt.pt"}),
