@@ -12,6 +12,7 @@ the whole batch, whether it is encoded at once, by micro-batches (--micro-batch)
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -188,10 +189,10 @@ def check_numbers(config: Config) -> None:
 
 def build(config: Config) -> TMASS:
     """The model as training starts: CLIP with its pretrained weights, psi and R with their first values."""
-    if config.arch == "tiny" and config.weights is None and config.dataset != "pictures":
-        clip = open_checkpoint(tiny_clip(config))[0].clip
-    else:
-        clip = load_clip(config.arch, config.weights)
+    tiny = config.arch == "tiny" and config.weights is None and config.dataset != "pictures"
+    pretrained = tiny_clip(config) if tiny else None
+    torch.manual_seed(config.seed)  # after the tiny CLIP's pretraining: what follows is the same whether it had to be made or not
+    clip = open_checkpoint(pretrained)[0].clip if pretrained else load_clip(config.arch, config.weights)
     return TMASS(clip, config.method, config.num_frames, config.radius, config.heads, config.dropout, config.initial_radius)
 
 
@@ -207,7 +208,10 @@ def tiny_clip(config: Config) -> Path:
         if rank_and_world()[1] > 1:
             raise ModelError(f"the tiny CLIP is not there yet ({out}): pretrain it first, by one process: python train.py --method clip.")
         print(f"The tiny CLIP is pretrained first, once, on the built-in {stage[0]} ({out}).", flush=True)
-        train(replace(pretraining, out=out, resume=True))
+        try:
+            train(replace(pretraining, out=out, resume=True))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped while the tiny CLIP is pretrained: the same command goes on from here") from None
     return out
 
 
@@ -503,12 +507,18 @@ def one_before_the_others() -> Iterator[None]:
     """Under torchrun, one process of each machine runs a block before the others: what it downloads, renders or decodes is then there for them."""
     first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
     if not first:
-        dist.barrier()
+        barrier()
     try:
         yield
     finally:
-        if first and dist.is_initialized():
-            dist.barrier()
+        if first:
+            barrier()
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 T = TypeVar("T")
@@ -582,7 +592,6 @@ def train(config: Config) -> Path:
     check_numbers(config)
     if config.freeze == "vision" and (config.augment or config.sampling == "random"):
         raise ModelError("--freeze vision computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
-    torch.manual_seed(config.seed)
     with one_before_the_others():
         clips, val_clips = read_data(config)  # before weights are downloaded or made
         model = build(config).to(device)
@@ -592,7 +601,8 @@ def train(config: Config) -> Path:
         unreadable = cache.fill([clip for clip in [*clips, *val_clips] if not (store and store.load(clip) is not None)])
         clips, val_clips = without(clips, unreadable), without(val_clips, unreadable)
     dataset = ClipDataset(clips, cache, model.clip.context_length)
-    batches = data.epoch_batches(clips, config.batch, config.seed, 0)
+    batches_of = functools.partial(data.epoch_batches, clips, config.batch, config.seed)
+    batches = batches_of(0)
     check(config, model, batches, val_clips)
     if device.type == "cuda":
         model.clip.visual.to(memory_format=torch.channels_last)
@@ -621,8 +631,8 @@ def train(config: Config) -> Path:
 
     if rank == 0:
         machine = f"{device}" if world == 1 else f"{world} processes on {device.type}"
-        what = f"{config.method} on {config.dataset}: {len(clips)} clips, {total} steps of {len(batches[0])} pairs"
-        print(f"{what} on {machine}, run {out}", flush=True)
+        what = f"{len(clips)} clips to train on, {len(val_clips)} to validate, {total} steps of {len(batches[0])} pairs"
+        print(f"{config.method} on {config.dataset}: {what} on {machine}, run {out}", flush=True)
     bar = tqdm(initial=state.step, total=total, desc=config.method, unit=" steps", disable=rank > 0)
     with Interrupt() as interrupt:
         while True:
@@ -644,7 +654,7 @@ def train(config: Config) -> Path:
             epoch, done = divmod(step, per_epoch)
             dataset.augmentation = (config.seed, epoch) if config.augment else None
             dataset.sampling = (config.seed, epoch) if config.sampling == "random" else None
-            batches = data.epoch_batches(clips, config.batch, config.seed, epoch)[done : done + total - step]
+            batches = batches_of(epoch)[done : done + total - step]
             loader = data.batches(dataset, [batch[share(len(batch))] for batch in batches], config.workers, pin_memory=device.type == "cuda")
             for batch, (images, tokens) in zip(batches, loader):
                 images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
@@ -659,24 +669,23 @@ def train(config: Config) -> Path:
                         bar.set_postfix({"loss": numbers["loss"]}, refresh=False)
                         log.row(step=step, **numbers, lr=state.schedule.get_last_lr(), skipped=skipped)
                     if last is not None:
-                        order = data.epoch_batches(clips, config.batch, config.seed, last // per_epoch)[last % per_epoch]
+                        ids = ", ".join(clips[clip].id for clip, _ in batches_of(last // per_epoch)[last % per_epoch])
                         raise ModelError(f"{state.guard.stop_after} steps in a row had a loss or gradient that is not finite, the last of them step "
-                                         f"{last + 1}, with the clips {', '.join(clips[clip].id for clip, _ in order)}: look at these, or lower "
-                                         f"--head-lr or --clip-lr; the weights in {out} are from before.")  # fmt: skip
-                stop = any_process(interrupt.asked, device) if world > 1 and logged else world == 1 and interrupt.asked
+                                         f"{last + 1}, with the clips {ids}: look at these, or lower --head-lr or --clip-lr; the weights in {out} "
+                                         "are from before.")  # fmt: skip
+                stop = (world == 1 or logged) and any_process(interrupt.asked, device)  # to ask the others makes a GPU wait
                 if stop or (config.save_every and step % config.save_every == 0):
                     save("last.pt", **state.state_dict())
                 if stop:
-                    if world > 1:
-                        dist.barrier()  # the first has saved
+                    barrier()  # the first has saved
                     raise KeyboardInterrupt(f"stopped after step {step} of {total}: go on with the same command and --out {out} --resume")
     bar.close()
     if rank == 0:
         if not finished(out):
             log.row(step=state.step, done=True)
-        plot_losses(out)
-    if world > 1:
-        dist.barrier()  # the files are there for all
+        with writing(out / "loss.png"):
+            plot_losses(out)
+    barrier()  # the files are there for all
     return out
 
 

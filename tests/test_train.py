@@ -21,7 +21,7 @@ import evaluate
 import train
 from data import DataError
 from evaluate import open_checkpoint
-from model import TMASS, ModelError, load_file
+from model import TMASS, ModelError, load_file, save_checkpoint
 from train import PRESETS, Config, State, learning_rate, parse, preset, read_log, train_mode, train_step
 
 
@@ -102,6 +102,15 @@ def test_a_training_run_beats_chance(config, clips_folder, tmp_path, method):
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(config, tmp_path):
     a, b, c = (train.train(replace(config, max_steps=2, out=tmp_path / n, seed=s)) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     assert same_weights(a / "last.pt", b / "last.pt") and not same_weights(a / "last.pt", c / "last.pt")
+
+
+def test_the_run_that_pretrains_the_tiny_clip_starts_from_the_weights_of_later_ones(config, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "best.pt", TMASS(small_clip(), "clip"))
+    starts = []
+    for pretraining in (True, False):
+        monkeypatch.setattr(train, "tiny_clip", lambda config, draws=pretraining: (torch.randn(3 if draws else 0), tmp_path)[1])
+        starts.append(train.build(replace(config, weights=None)).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(starts[0].values(), starts[1].values()))
 
 
 def test_checkpoint_says_what_made_it(config):
