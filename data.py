@@ -435,11 +435,13 @@ def segment_midpoints(count: int, num_frames: int) -> list[int]:
 
 def _ffmpeg(path: Path, window: dict[str, float], **options) -> tuple[bytes, str]:
     """What ffmpeg writes for the first real video stream of a file, within a window {ss, t} of seconds: (its output, its log)."""
-    output = ffmpeg.input(f"file:{path}", threads=1, **window).output("pipe:", map="0:v:0", **options).global_args("-nostdin", "-v", "verbose")
     try:
+        output = ffmpeg.input(f"file:{path}", threads=1, **window).output("pipe:", map="0:v:0", **options).global_args("-nostdin", "-v", "verbose")
         stdout, log = output.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), capture_stdout=True, capture_stderr=True)
     except ffmpeg.Error:
         raise DataError(f"{path} holds no readable video (empty, broken or not a video file): replace it or delete its rows.") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{os.fsencode(path)} is a name that is no UTF-8: rename the file.") from None
     log = log.decode(errors="replace")
     if "partial file" in log:
         raise DataError(f"{path} is truncated: its index promises more than the file holds; copy or download it again.")

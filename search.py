@@ -105,7 +105,9 @@ class Library:
                 schema.add_field("end", double, nullable=True)
             index = self.client.prepare_index_params()
             index.add_index("vector", index_type="AUTOINDEX" if name == "clips" else "FLAT", metric_type="COSINE")
-            self.client.create_collection(f"tmass_{name}", schema=schema, index_params=index, consistency_level="Strong")
+            self.client.create_collection(f"tmass_{name}", schema=schema, consistency_level="Strong")
+            self.client.create_index(f"tmass_{name}", index, sync=False)  # there is nothing to wait for yet
+            self.client.load_collection(f"tmass_{name}")
         self._put("files", {self.ABOUT: json.dumps(about)})
         self.about = about
 
@@ -291,7 +293,9 @@ class Hit:
     @property
     def span(self) -> str:
         """For people: 10-20 s."""
-        return "whole file" if not self.start and self.end is None else f"{self.start:g}-{'end' if self.end is None else f'{self.end:g} s'}"
+        if not self.start and self.end is None:
+            return "whole file"
+        return f"{round(self.start, 1):g} s-end" if self.end is None else f"{round(self.start, 1):g}-{round(self.end, 1):g} s"
 
 
 class Searcher:
