@@ -98,10 +98,15 @@ def extract_features(
 
 def feature_cache(cache: FrameCache, model: TMASS) -> FeatureCache:
     """Where the features that phi_v of this model makes are kept: beside the frames, by a hash of its weights."""
+    return FeatureCache(cache, fingerprint(model.clip.visual))
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A hash of a module's weights, 16 hex digits."""
     weights = hashlib.sha256()
-    for name, value in model.clip.visual.state_dict().items():
+    for name, value in module.state_dict().items():
         weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return FeatureCache(cache, weights.hexdigest()[:16])
+    return weights.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- scores
