@@ -68,4 +68,4 @@ def heat(axis, matrix, rows=None, columns=None, numbers: str | None = None, **op
 def key_figure(figure, name: str) -> None:
     """Keeps a figure as NAME.png in the folder that TMASS_FIGURES names (`make figures`: assets); else does nothing."""
     if folder := os.environ.get("TMASS_FIGURES"):
-        figure.savefig(Path(folder) / f"{name}.png", dpi=120, metadata={"Software": None})
+        figure.savefig(Path(folder) / f"{name}.png", dpi=120, bbox_inches="tight", metadata={"Software": None})
