@@ -8,7 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 
-TEXT, DRAW, MATCH, OTHER, SUPPORT = "#0072b2", "#e69f00", "#009e73", "#8c8c8c", "#d55e00"  # t; t_s; the matching clip; other clips; t_sup
+TEXT, DRAW, MATCH, OTHER = "#0072b2", "#e69f00", "#009e73", "#8c8c8c"  # t; t_s; the matching clip, and what is right; other clips
+SUPPORT = "#d55e00"  # t_sup, and what is wrong or slow
 SKY, PINK, BLACK = "#56b4e9", "#cc79a7", "#1a1a1a"
 HEAT = "cividis"  # of heat maps
 
