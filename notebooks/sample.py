@@ -7,7 +7,9 @@ the captions of the built-in clips use (the others are zero here: this model kno
 shapes.py draws them again, without the video compression that the model saw in training.
 """
 
+import csv
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +70,23 @@ def encode(model: TMASS, clips: Sequence[shapes.ShapesClip], captions: int = 1) 
     text = model.encode_text(data.tokenize(sentences, model.clip.context_length))
     frames = torch.cat([model.encode_frames(images(model, clips[k : k + 20])) for k in range(0, len(clips), 20)])
     return Features(text, frames, torch.arange(len(clips)).repeat_interleave(captions))
+
+
+def write_folder(folder: Path, count: int, seed: int = 99, words: dict[str, str] | None = None) -> list[shapes.ShapesClip]:
+    """A folder as a user has it, for notebook 08: `count` video files and captions.csv (video,caption,split), other clips than the built-in
+    ones. `words` replaces words of the captions. Of ten clips six are for training, one for validation, three for the test."""
+    folder.mkdir(parents=True)
+    shapes._render_clips((folder, seed, range(count)))
+    clips = [shapes.make_clip(seed, number) for number in range(count)]
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "caption", "split"])
+        for number, clip in enumerate(clips):
+            split = ["train", "val", "test"][np.searchsorted([6, 7], number % 10, side="right")]
+            for caption in clip.captions:
+                text = re.sub(r"\w+", lambda word: (words or {}).get(word[0], word[0]), caption.text)
+                writer.writerow([f"clip{number:05d}.mp4", text, split])
+    return clips
 
 
 def pack(run: Path) -> None:
