@@ -747,15 +747,13 @@ def read_log(out: Path) -> list[dict]:
 
 def plot_losses(out: Path) -> None:
     """loss.png: the loss and its parts by step, and recall on validation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: its state, and so a notebook's plots, stay as they are
 
     rows = read_log(out)
     steps = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "val" in row]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name in [name for name in ("loss", "L_s", "L_sup") if steps and name in steps[0]]:
         left.plot([row["step"] for row in steps], [row[name] for row in steps], label=name)
     left.set(xlabel="step", ylabel="loss", title="training")
@@ -765,7 +763,6 @@ def plot_losses(out: Path) -> None:
     right.set(xlabel="step", ylabel="text-to-video, % of queries", title="validation", ylim=(0, 100))
     right.legend()
     figure.savefig(out / "loss.png", dpi=120)
-    plt.close(figure)
 
 
 def git_commit() -> str:
