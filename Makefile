@@ -1,5 +1,5 @@
 # make demo   trains and evaluates everything on the built-in clips (about 7 minutes on 2 cores)
-# make test   runs the tests
+# make test   runs the tests, in two processes
 # make lint   checks style and format
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -13,7 +13,7 @@ demo: .venv/ready
 	$(BIN)/python evaluate.py --M 20 --checkpoint runs/shapes-tiny-clip runs/shapes-tiny-xpool runs/shapes-tiny-tmass
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
