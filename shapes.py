@@ -297,7 +297,7 @@ def _sprite(colour: str, shape: str) -> Image.Image:
         x = 16 * np.sin(t) ** 3
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         draw.polygon(list(zip((c + x * r / 16).tolist(), (c - y * r / 16).tolist())), fill=255)
-    rim = mask.filter(ImageFilter.MaxFilter(11))
+    rim = functools.reduce(lambda grown, _: grown.filter(ImageFilter.MaxFilter(3)), range(5), mask)  # as one of size 11, in half the time
     rgb = np.array(RGB[colour], dtype=np.float32)
     ramp = np.add.outer(np.arange(big), np.arange(big)) / (2 * big)  # 0 upper left, 1 lower right
     body = rgb + np.clip(0.45 - ramp, 0, 1)[..., None] * (255 - rgb) * 0.9 - np.clip(ramp - 0.5, 0, 1)[..., None] * rgb * 0.6

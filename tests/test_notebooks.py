@@ -12,6 +12,10 @@ import torch
 from conftest import ROOT, random_model
 from nbclient import NotebookClient
 
+import shapes
+from data import decode_frames
+from model import save_checkpoint
+
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MODULES = ["shapes", "data", "model", "losses", "evaluate", "train"]
@@ -66,13 +70,15 @@ def test_notebook_ends_with_three_exercises_folded_answers_and_its_key_figure(pa
 
 
 @each_notebook
-def test_every_step_of_a_notebook_checks_itself_and_says_what_to_see_and_try(path):
+def test_every_step_of_a_notebook_checks_shapes_and_equality_and_says_what_to_see_and_try(path):
     source = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(path.read_text())["cells"]]
     steps = [k for k, (text, kind) in enumerate(source) if kind == "markdown" and re.match(r"## \d", text)]
     assert len(steps) >= 5
     for k in steps:
         (code, kind), (after, _) = source[k + 1 : k + 3]
-        assert kind == "code" and "assert " in code, source[k][0].splitlines()[0]
+        asserted = re.findall(r"^ *assert (.*)", code, re.M)
+        assert kind == "code" and any(".shape" in line or "len(" in line for line in asserted), source[k][0]
+        assert any(re.search(r"equal|close|==|<", re.sub(r"\S*\.shape == \S+", "", line)) for line in asserted) or k == steps[0], source[k][0]
         assert "**See:**" in after and "**Try:**" in after
 
 
@@ -95,7 +101,7 @@ def test_notebook_copies_no_code_of_the_modules(path):
     names = {node.name for code in modules for node in definitions(code)}
     code = "\n".join(cells(path, "code"))
     assert names.isdisjoint(node.name for node in definitions(code))
-    assert not runs_of(lines_of(code)) & set().union(*(runs_of(lines_of(module)) for module in modules))
+    assert runs_of(lines_of(code)).isdisjoint(set().union(*(runs_of(lines_of(module)) for module in modules)))
 
 
 def test_a_copy_would_be_found():
@@ -109,9 +115,8 @@ def test_the_sample_is_small_and_is_the_run_that_it_was_made_of(tmp_path, monkey
     monkeypatch.syspath_prepend(str(FOLDER))
     import sample
 
-    from model import save_checkpoint
-
     assert sample.FILE.stat().st_size < 2_000_000
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 3, "val": 2, "test": 4})
     model = random_model(frames=4)
     save_checkpoint(tmp_path / "run" / "best.pt", model, config={"prior": "normal"})
     monkeypatch.setattr(sample, "FILE", tmp_path / "assets" / "tiny.npz")
@@ -130,9 +135,6 @@ def test_pictures_of_the_sample_are_the_frames_that_the_cache_keeps(clips, monke
     """Drawn here, rendered to H.264 and decoded there: the same moments."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import sample
-
-    import shapes
-    from data import decode_frames
 
     drawn = sample.pictures(shapes.make_clip(0, 2), 5).astype(int)
     assert np.abs(drawn - np.stack(decode_frames(clips[2].path, 5))).mean() < 4
