@@ -165,7 +165,7 @@ class Expectation:
         A, B, C = (r2v * video).sum(-1), (r2v * t).sum(-1), (r2t * t).sum(-1)
         mean = (x - s2 * B / n + 1.5 * s2 * x * C / n.square()) / n.sqrt()
         variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
-        return (mean + best_of(self.M) * variance.clamp_min(0).sqrt()) / video.norm(dim=-1).clamp_min(1e-12)
+        return (mean + best_of(self.M) * variance.clamp_min(1e-20).sqrt()) / video.norm(dim=-1).clamp_min(1e-12)
 
 
 @functools.cache
