@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import ffmpeg
 import imageio_ffmpeg
@@ -39,6 +39,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import shapes
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class DataError(ValueError):
@@ -70,6 +72,14 @@ def stem(name: str) -> str:
     return (base if dot and f".{suffix.lower()}" in VIDEO_SUFFIXES | PICTURE_SUFFIXES else name).rstrip(".")
 
 
+def files_below(root: Path) -> Iterator[Path]:
+    """Every file below a folder, in the order of their names; folders that are links are followed, each folder once."""
+    seen = {os.path.realpath(root)}  # links may lead to one another
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if (real := os.path.realpath(Path(folder, name))) not in seen and not seen.add(real))
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("._"))  # macOS archives hold a shadow of each file
+
+
 class Files:
     """The files of a data set, found by name wherever they lie below its folder(s).
 
@@ -87,12 +97,8 @@ class Files:
         if not root.is_dir():
             raise DataError(f"{root} is not a folder: {self.needs}")
         found: dict[str, list[Path]] = {}
-        seen = {os.path.realpath(root)}  # folders may be links, even to one another
-        for folder, folders, names in os.walk(root, followlinks=True):
-            folders[:] = sorted(name for name in folders if (real := os.path.realpath(Path(folder, name))) not in seen and not seen.add(real))
-            for name in sorted(names):
-                if not name.startswith("._"):  # macOS archives hold a shadow of each file
-                    found.setdefault(name, []).append(Path(folder, name))
+        for path in files_below(root):
+            found.setdefault(path.name, []).append(path)
         return found
 
     def has(self, name: str) -> bool:
@@ -439,11 +445,13 @@ def segment_midpoints(count: int, num_frames: int) -> list[int]:
 
 def _ffmpeg(path: Path, window: dict[str, float], **options) -> tuple[bytes, str]:
     """What ffmpeg writes for the first real video stream of a file, within a window {ss, t} of seconds: (its output, its log)."""
-    output = ffmpeg.input(f"file:{path}", threads=1, **window).output("pipe:", map="0:v:0", **options).global_args("-nostdin", "-v", "verbose")
     try:
+        output = ffmpeg.input(f"file:{path}", threads=1, **window).output("pipe:", map="0:v:0", **options).global_args("-nostdin", "-v", "verbose")
         stdout, log = output.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), capture_stdout=True, capture_stderr=True)
     except ffmpeg.Error:
         raise DataError(f"{path} holds no readable video (empty, broken or not a video file): replace it or delete its rows.") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{os.fsencode(path)} is a name that is no UTF-8: rename the file.") from None
     log = log.decode(errors="replace")
     if "partial file" in log:
         raise DataError(f"{path} is truncated: its index promises more than the file holds; copy or download it again.")
@@ -503,6 +511,14 @@ def decode_frames(path: Path, num_frames: int, start: float = 0.0, end: float | 
         count = decoded
     where = f" from {start:g} s" + (f" to {end:g} s" if end is not None else "") if window else ""
     raise DataError(f"{path} holds no frame{where} that can be decoded: replace it or delete its rows.")
+
+
+def duration(path: Path) -> float:
+    """Seconds of a video, by the time of its last packet: nothing is decoded, and the file's header need not say. Raises DataError."""
+    times = re.findall(r"time=(\d+):(\d+):([\d.]+)", _ffmpeg(path, {}, vcodec="copy", format="null")[1])
+    if not times:
+        raise DataError(f"{path} holds no frame: replace it or delete its rows.")
+    return float(times[-1][0]) * 3600 + float(times[-1][1]) * 60 + float(times[-1][2])
 
 
 # ------------------------------------------------------------------------------------------------------------ CLIP's preprocessing
@@ -723,7 +739,7 @@ def remove_leftovers(folder: Path) -> None:
             pass
 
 
-def in_parallel(work: Callable[[Clip], str | None], clips: Sequence[Clip], what: str) -> list[str | None]:
+def in_parallel(work: Callable[[T], R], clips: Sequence[T], what: str) -> list[R]:
     """What `work` says of each clip, on all cores (each clip's ffmpeg is a process of its own), with a progress bar."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:

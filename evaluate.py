@@ -98,10 +98,15 @@ def extract_features(
 
 def feature_cache(cache: FrameCache, model: TMASS) -> FeatureCache:
     """Where the features that phi_v of this model makes are kept: beside the frames, by a hash of its weights."""
+    return FeatureCache(cache, fingerprint(model.clip.visual))
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A hash of a module's weights, 16 hex digits."""
     weights = hashlib.sha256()
-    for name, value in model.clip.visual.state_dict().items():
+    for name, value in module.state_dict().items():
         weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return FeatureCache(cache, weights.hexdigest()[:16])
+    return weights.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- scores
@@ -449,16 +454,14 @@ def contact_sheet(
     """A picture of what was found: random captions, each with the clips that rank first for it (three frames a clip).
 
     The caption's own clip has a green frame; its rank is written under the caption. The captions are drawn by `seed`, not chosen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: its state, and so a notebook's plots, stay as they are
+    from matplotlib.patches import Rectangle
 
     captions = [caption for clip in clips for caption in clip.captions]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(captions))[:queries])
     shown = min(shown, len(clips))
-    figure, axes = plt.subplots(len(chosen), shown + 1, figsize=(2.7 * (shown + 1), 1.15 * len(chosen)), squeeze=False,
-                                gridspec_kw=dict(width_ratios=[1.15] + [1] * shown, wspace=0.05, hspace=0.18))  # fmt: skip
+    figure = Figure(figsize=(2.7 * (shown + 1), 1.15 * len(chosen)))
+    axes = figure.subplots(len(chosen), shown + 1, squeeze=False, gridspec_kw=dict(width_ratios=[1.15] + [1] * shown, wspace=0.05, hspace=0.18))
     for row, text in zip(axes, chosen):
         own = int(owner[text])
         order = scores[text].argsort(descending=True, stable=True).tolist()
@@ -472,31 +475,27 @@ def contact_sheet(
             picked = [frames[k, top : top + side, left : left + side] for k in data.segment_midpoints(len(frames), 3)]
             axis.imshow(np.concatenate(picked, axis=1))
             if video == own:
-                axis.add_patch(plt.Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, color="#009e73", linewidth=5))
+                axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, color="#009e73", linewidth=5))
     for axis in axes.flat:
         axis.axis("off")
     for rank, axis in enumerate(axes[0, 1:], start=1):
         axis.set_title(f"rank {rank}", fontsize=9)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def rank_histogram(path: Path, ranks: Float[Tensor, " texts"], videos: int) -> None:
     """A picture of how the ranks of the captions' own clips are spread, beside what chance would give."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     edges = np.unique(np.geomspace(1, videos + 1, 25).round())
     counts, _ = np.histogram(ranks.cpu().numpy(), edges)
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
     axis.stairs(100 * counts / len(ranks), edges, fill=True, color="#0072b2", label="captions")
     axis.stairs(100 * np.diff(edges) / videos, edges, color="#e69f00", lw=2, label="chance")
     axis.set(xscale="log", xlabel="rank of the caption's own clip", ylabel="% of captions", title=f"{len(ranks)} captions, {videos} clips")
     axis.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # -------------------------------------------------------------------------------------------------------------------- command line

@@ -39,6 +39,8 @@ class ModelError(ValueError):
 # ------------------------------------------------------------------------------------------------- phi: CLIP ("Text-Video Representations")
 
 
+# What building a model of what are no weights, or another model's, can raise.
+FOREIGN = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 # A CLIP of the package's own class with a ResNet trunk, small enough to pretrain on two CPU cores in minutes.
 TINY = dict(embed_dim=256, image_resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16, vision_patch_size=None,
             context_length=32, vocab_size=49408, transformer_width=128, transformer_heads=2, transformer_layers=2)  # fmt: skip
@@ -61,8 +63,8 @@ def load_clip(arch: str, weights: Path | str | None = None) -> nn.Module:
         try:
             model = clip.model.CLIP(**_clip_sizes(state))
             model.load_state_dict({name: value.float() for name, value in state.items()})
-        except (KeyError, RuntimeError) as error:
-            what = str(error).strip().splitlines()[0]
+        except FOREIGN as error:
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"{weights} holds no CLIP of OpenAI's layout ({what}): give OpenAI's .pt file or a state dict of it.") from None
     elif arch == "tiny":
         model = clip.model.CLIP(**TINY)
@@ -379,8 +381,8 @@ def build_from_checkpoint(content: dict, path: Path | str) -> TMASS:
         sizes = _clip_sizes({name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")})
         model = TMASS(_import_clip().model.CLIP(**sizes), **arguments)
         model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
-        what = str(error).strip().splitlines()[0]
+    except FOREIGN as error:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} is not a checkpoint of train.py ({what}): name one of its last.pt or best.pt, or a released checkpoint of "
                          "T-MASS or X-Pool.") from None  # fmt: skip
     return model.float().eval()

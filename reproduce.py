@@ -180,8 +180,10 @@ def root(config: ReproduceConfig) -> Path:
 
 
 def cell_folder(config: ReproduceConfig, flags: dict, seed: int) -> Path:
-    """A cell's folder, named by its flags: rows of several tables that train alike share it."""
-    extra = [f"{name}={value}" for name, value in {**flags, "freeze": config.freeze}.items() if name != "method" and value is not None]
+    """A cell's folder, named by its flags but for those at their defaults: rows of several tables that train alike share it."""
+    default = vars(Config()) if flags.get("recipe", "paper") == "paper" else {}  # another recipe has defaults of its own
+    named = [f"{name}={value}" for name, value in flags.items() if name != "method" and default.get(name) != value]
+    extra = [*named, *([f"freeze={config.freeze}"] if config.freeze else [])]
     return root(config) / "-".join([flags["method"], *extra]) / f"seed{seed}"
 
 
@@ -442,7 +444,7 @@ def write(jobs: Jobs, name: str, command: str) -> Path:
     results = [result for row in table.rows for result in jobs.read(row).values()]
     folders = {cell_folder(config, row.flags, seed) for row in table.rows for seed in range(config.seeds)}
     failed = {cell.relative_to(folder).as_posix(): sentence for cell, sentence in jobs.failed.items() if cell in folders}
-    about = dict(title=table.title, note=table.note, command=command, seeds=config.seeds, split=config.split, minutes=round(jobs.minutes(table), 1),
+    about = dict(title=table.title, note=table.note, command=command, seeds=config.seeds, split=config.split, minutes=round(jobs.minutes(table), 2),
                  machine=sorted({result["machine"] for result in results}), failed=failed,
                  sizes=sorted({(result["texts"], result["videos"], result["listed"]) for result in results}))  # fmt: skip
     if name == "curves":

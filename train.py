@@ -12,6 +12,7 @@ the whole batch, whether it is encoded at once, by micro-batches (--micro-batch)
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -145,6 +146,15 @@ class Config:
     """steps between checkpoints, besides the one at each epoch's end"""
 
 
+# The smallest and largest values of numbers; others have none.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_frames", "heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
+    **dict.fromkeys(("prior_std", "alpha", "ce", "M", "clip_lr", "head_lr", "radius_lr", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("seed", "workers", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("initial_radius", "grad_clip"), (1e-6, math.inf)),
+    **dict.fromkeys(("dropout", "warmup"), (0, 1)),
+}
+
 # A data set's numbers where they differ from the defaults. The released code's commands: head_lr 3e-5 for MSR-VTT, 1e-5 for LSMDC; numbers
 # that a data set has of its own and that we do not know for certain are left at the defaults.
 SMALL = dict(arch="tiny", weight_decay=0.01, augment=False)
@@ -180,15 +190,23 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     return tyro.cli(Config, default=default, args=arguments, description=__doc__)
 
 
+def check_numbers(config: Config) -> None:
+    """Raises ModelError for a number that is out of its range."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ModelError(f"--{name.replace('_', '-')} {value}: give a number from {low:g} {f'to {high:g}' if high < math.inf else 'on'}.")
+
+
 # -------------------------------------------------------------------------------------------------------------- what a run starts from
 
 
 def build(config: Config) -> TMASS:
     """The model as training starts: CLIP with its pretrained weights, psi and R with their first values."""
-    if config.arch == "tiny" and config.weights is None and config.dataset != "pictures":
-        clip = open_checkpoint(tiny_clip(config))[0].clip
-    else:
-        clip = load_clip(config.arch, config.weights)
+    tiny = config.arch == "tiny" and config.weights is None and config.dataset != "pictures"
+    pretrained = tiny_clip(config) if tiny else None
+    torch.manual_seed(config.seed)  # after the tiny CLIP's pretraining: what follows is the same whether it had to be made or not
+    clip = open_checkpoint(pretrained)[0].clip if pretrained else load_clip(config.arch, config.weights)
     return TMASS(clip, config.method, config.num_frames, config.radius, config.heads, config.dropout, config.initial_radius)
 
 
@@ -204,7 +222,10 @@ def tiny_clip(config: Config) -> Path:
         if rank_and_world()[1] > 1:
             raise ModelError(f"the tiny CLIP is not there yet ({out}): pretrain it first, by one process: python train.py --method clip.")
         print(f"The tiny CLIP is pretrained first, once, on the built-in {stage[0]} ({out}).", flush=True)
-        train(replace(pretraining, out=out, resume=True))
+        try:
+            train(replace(pretraining, out=out, resume=True))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped while the tiny CLIP is pretrained: the same command goes on from here") from None
     return out
 
 
@@ -222,10 +243,20 @@ def without(clips: list[Clip], unreadable: dict[str, str]) -> list[Clip]:
     return left
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises ModelError where a file or folder of a run cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{path} could not be written ({error.strerror}): make room there and go on by --resume, or name another --out.") from None
+
+
 def record_data(out: Path, clips: list[Clip], val_clips: list[Clip], unreadable: dict[str, str]) -> None:
     """data.json: the clips of this run's validation, and those that were skipped, each with the reason; says how many these are."""
     content = dict(train=len(clips), val=[clip.id for clip in val_clips], skipped=unreadable)
-    (out / "data.json").write_text(json.dumps(content, indent=1) + "\n")
+    with writing(out / "data.json"):
+        (out / "data.json").write_text(json.dumps(content, indent=1) + "\n")
     if unreadable:
         print(
             f"{len(unreadable)} clips cannot be read and are skipped, listed in {out}/data.json; the first: {next(iter(unreadable.values()))}",
@@ -235,7 +266,8 @@ def record_data(out: Path, clips: list[Clip], val_clips: list[Clip], unreadable:
 
 def run_folder(config: Config) -> Path:
     """runs/DATASET-ARCH-METHOD, where a run goes that names no folder."""
-    return Path("runs") / re.sub(r"[^a-z0-9-]+", "", f"{config.dataset}-{Path(config.arch).stem}-{config.method}".lower())
+    arch = Path(config.arch).stem if Path(config.arch).is_file() else config.arch
+    return Path("runs") / re.sub(r"[^a-z0-9-]+", "", f"{config.dataset}-{arch}-{config.method}".lower())
 
 
 def open_run(config: Config) -> Path:
@@ -248,7 +280,8 @@ def open_run(config: Config) -> Path:
         while (out.parent / f"{out.name}-{number}").exists():
             number += 1
         out = out.parent / f"{out.name}-{number}"
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -313,7 +346,7 @@ class State:
         radius_parameters = model.radius.parameters() if model.radius else ()
         rates = (config.clip_lr, config.head_lr, config.head_lr if config.radius_lr is None else config.radius_lr)
         groups = [{"params": [*own], "lr": lr} for own, lr in zip((clip_parameters, model.fusion.parameters(), radius_parameters), rates)]
-        self.model, self.step, self.validated, self.best = model, 0, 0, -1.0
+        self.model, self.step, self.validated, self.best, self.val = model, 0, 0, -1.0, None  # val: metrics of the last validation
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, total, config.warmup))
         self.scaler = torch.amp.GradScaler(device.type, enabled=resolve_amp(device, config.amp) == "fp16")
@@ -323,18 +356,22 @@ class State:
     def state_dict(self) -> dict:
         """All of it but the model, as plain values and tensors."""
         return dict(optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), scaler=self.scaler.state_dict(),
-                    guard=self.guard.counts.tolist(), step=self.step, validated=self.validated, best=self.best)  # fmt: skip
+                    guard=self.guard.counts.tolist(), step=self.step, validated=self.validated, best=self.best, val=self.val)  # fmt: skip
 
     def load(self, state: dict) -> None:
-        """Goes back to what last.pt holds, the model included."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.scaler.is_enabled() and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        self.guard.counts = self.guard.counts.new_tensor(state.get("guard", [0, 0, 0, 0]))
-        self.step, self.best = state["step"], state["best"]
-        self.validated = state.get("validated", self.step)
+        """Goes back to what last.pt holds, the model included. Raises ModelError where it does not fit."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            self.guard.counts = self.guard.counts.new_tensor(state["guard"])
+            self.step, self.validated, self.best, self.val = state["step"], state["validated"], state["best"], state["val"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            what = str(error).strip().splitlines()[0]
+            raise ModelError(f"last.pt does not fit this model ({what}): another version wrote it, or --arch names other weights now; name another "
+                             "--out.") from None  # fmt: skip
 
 
 class Guard:
@@ -355,9 +392,9 @@ class Guard:
         """Remembers the statistics that the step's forward pass will move."""
         self.remembered = [buffer.clone() for buffer in self.statistics]
 
-    def look(self, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""], norm: Float[Tensor, ""], step: int) -> None:
-        """Has the optimizer skip the step, where loss or gradient norm is not finite."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    def look(self, optimizer: torch.optim.Optimizer, norm: Float[Tensor, ""], step: int) -> None:
+        """Has the optimizer skip the step, where the gradient's norm is not finite (so does GradScaler, by itself)."""
+        bad = ~norm.isfinite()
         optimizer.found_inf = bad.float()
         for buffer, old in zip(self.statistics, self.remembered):
             buffer.copy_(torch.where(bad, old, buffer))
@@ -433,11 +470,11 @@ def train_step(state: State, images: Tensor, tokens: Int[Tensor, "n tokens"], co
     text, frames = gather_features(text, pairs), gather_features(frames, pairs)  # of all processes
     loss, parts = head_loss(model, text, frames, config)  # L
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # a loss that is not finite gives no gradient that is
     state.averaging.wait()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    state.guard.look(optimizer, loss.detach(), norm, state.step)
+    state.guard.look(optimizer, norm, state.step)
     scaler.step(optimizer)
     scaler.update()
     state.schedule.step()
@@ -495,12 +532,18 @@ def one_before_the_others() -> Iterator[None]:
     """Under torchrun, one process of each machine runs a block before the others: what it downloads, renders or decodes is then there for them."""
     first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
     if not first:
-        dist.barrier()
+        barrier()
     try:
         yield
     finally:
-        if first and dist.is_initialized():
-            dist.barrier()
+        if first:
+            barrier()
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 T = TypeVar("T")
@@ -554,8 +597,6 @@ def check(config: Config, model: TMASS, batches: list[list[tuple[int, int]]], va
     if config.method == "clip" and batch_norm and (world > 1 or config.micro_batch):
         raise ModelError("--method clip trains the batch norm of this CLIP, whose statistics are the whole batch's: leave --micro-batch away, and "
                          "start one process.")  # fmt: skip
-    if config.micro_batch is not None and config.micro_batch < 1:
-        raise ModelError(f"--micro-batch {config.micro_batch}: give a number of pairs from 1 to --batch.")
     if config.method == config.freeze == "clip":
         raise ModelError("--freeze clip leaves nothing of --method clip to learn: use --freeze vision or none.")
     if world > min(len(val_clips), *map(len, batches)):
@@ -575,9 +616,9 @@ def train(config: Config) -> Path:
     Ctrl-C or SIGTERM ends the step (with several processes: at most ten), saves, and stops. Under torchrun every process calls this, and the
     first one writes. Raises DataError and ModelError, each with a sentence for the user."""
     device, (rank, world) = choose_device(config.device), rank_and_world()
+    check_numbers(config)
     if config.freeze != "none" and (config.augment or config.sampling == "random"):
         raise ModelError(f"--freeze {config.freeze} computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
-    torch.manual_seed(config.seed)
     with one_before_the_others():
         clips, val_clips = read_data(config)  # before weights are downloaded or made
         model = build(config).to(device)
@@ -587,7 +628,8 @@ def train(config: Config) -> Path:
         unreadable = cache.fill([clip for clip in [*clips, *val_clips] if not (store and store.load(clip) is not None)])
         clips, val_clips = without(clips, unreadable), without(val_clips, unreadable)
     dataset = ClipDataset(clips, cache, model.clip.context_length)
-    batches = data.epoch_batches(clips, config.batch, config.seed, 0)
+    batches_of = functools.partial(data.epoch_batches, clips, config.batch, config.seed)
+    batches = batches_of(0)
     check(config, model, batches, val_clips)
     if device.type == "cuda":
         model.clip.visual.to(memory_format=torch.channels_last)
@@ -619,21 +661,22 @@ def train(config: Config) -> Path:
 
     if rank == 0:
         machine = f"{device}" if world == 1 else f"{world} processes on {device.type}"
-        print(f"{config.method} on {config.dataset}: {len(clips)} clips, {total} steps of {config.batch} pairs on {machine}, run {out}", flush=True)
+        what = f"{len(clips)} clips to train on, {len(val_clips)} to validate, {total} steps of {len(batches[0])} pairs"
+        print(f"{config.method} on {config.dataset}: {what} on {machine}, run {out}", flush=True)
     bar = tqdm(initial=state.step, total=total, desc=config.method, unit=" steps", disable=rank > 0)
     with Interrupt() as interrupt:
         while True:
             step = state.step
             if step > state.validated and (step % per_epoch == 0 or step == total):
-                metrics = validate(model, val_clips, cache, config)
-                state.validated = step
+                save("last.pt", **state.state_dict())  # whatever ends the validation ends no more than it
+                state.val, state.validated = validate(model, val_clips, cache, config), step
                 if rank == 0:
-                    log.row(step=step, val=metrics)
-                    found = "  ".join(f"{name} {value:.1f}" for name, value in metrics["t2v"].items())
+                    log.row(step=step, val=state.val)
+                    found = "  ".join(f"{name} {value:.1f}" for name, value in state.val["t2v"].items())
                     bar.write(f"step {step}, validation: {found}", file=sys.stdout)
-                if (score := sum(metrics["t2v"][name] for name in ("R@1", "R@5", "R@10"))) > state.best:
+                if (score := sum(state.val["t2v"][name] for name in ("R@1", "R@5", "R@10"))) > state.best:
                     state.best = score
-                    save("best.pt", step=step, val=metrics)
+                    save("best.pt", step=step, val=state.val)
                 save("last.pt", **state.state_dict())
             if step == total:
                 break
@@ -641,7 +684,7 @@ def train(config: Config) -> Path:
             epoch, done = divmod(step, per_epoch)
             dataset.augmentation = (config.seed, epoch) if config.augment else None
             dataset.sampling = (config.seed, epoch) if config.sampling == "random" else None
-            batches = data.epoch_batches(clips, config.batch, config.seed, epoch)[done : done + total - step]
+            batches = batches_of(epoch)[done : done + total - step]
             loader = data.batches(dataset, [batch[share(len(batch))] for batch in batches], config.workers, pin_memory=device.type == "cuda")
             for batch, (images, tokens) in zip(batches, loader):
                 images, tokens = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
@@ -656,24 +699,23 @@ def train(config: Config) -> Path:
                         bar.set_postfix({"loss": numbers["loss"]}, refresh=False)
                         log.row(step=step, **numbers, lr=state.schedule.get_last_lr(), skipped=skipped)
                     if last is not None:
-                        order = data.epoch_batches(clips, config.batch, config.seed, last // per_epoch)[last % per_epoch]
+                        ids = ", ".join(clips[clip].id for clip, _ in batches_of(last // per_epoch)[last % per_epoch])
                         raise ModelError(f"{state.guard.stop_after} steps in a row had a loss or gradient that is not finite, the last of them step "
-                                         f"{last + 1}, with the clips {', '.join(clips[clip].id for clip, _ in order)}: look at these, or lower "
-                                         f"--head-lr or --clip-lr; the weights in {out} are from before.")  # fmt: skip
-                stop = any_process(interrupt.asked, device) if world > 1 and logged else world == 1 and interrupt.asked
+                                         f"{last + 1}, with the clips {ids}: look at these, or lower --head-lr or --clip-lr; the weights in {out} "
+                                         "are from before.")  # fmt: skip
+                stop = (world == 1 or logged) and any_process(interrupt.asked, device)  # to ask the others makes a GPU wait
                 if stop or (config.save_every and step % config.save_every == 0):
                     save("last.pt", **state.state_dict())
                 if stop:
-                    if world > 1:
-                        dist.barrier()  # the first has saved
+                    barrier()  # the first has saved
                     raise KeyboardInterrupt(f"stopped after step {step} of {total}: go on with the same command and --out {out} --resume")
     bar.close()
     if rank == 0:
         if not finished(out):
             log.row(step=state.step, done=True)
-        plot_losses(out)
-    if world > 1:
-        dist.barrier()  # the files are there for all
+        with writing(out / "loss.png"):
+            plot_losses(out)
+    barrier()  # the files are there for all
     return out
 
 
@@ -713,19 +755,15 @@ class Log:
     def __init__(self, out: Path, step: int, validated: int):
         self.path, self.started = out / "metrics.jsonl", time.time()
         rows = [row for row in read_log(out) if row["step"] <= (validated if "val" in row else step)] if step else []
-        self._write(self.path.with_name(".metrics.jsonl.part"), "w", "".join(json.dumps(row) + "\n" for row in rows)).replace(self.path)
+        with writing(self.path):
+            partial = self.path.with_name(".metrics.jsonl.part")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            partial.replace(self.path)
 
     def row(self, **values) -> None:
         """Appends a row, with the seconds since this process began to train. Raises ModelError where the disk is full."""
-        self._write(self.path, "a", json.dumps({**values, "seconds": round(time.time() - self.started, 2)}) + "\n")
-
-    def _write(self, path: Path, mode: str, text: str) -> Path:
-        try:
-            with path.open(mode) as file:
-                file.write(text)
-        except OSError as error:
-            raise ModelError(f"{self.path} could not be written ({error.strerror}): make room there, then go on by --resume.") from None
-        return path
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps({**values, "seconds": round(time.time() - self.started, 2)}) + "\n")
 
 
 def read_log(out: Path) -> list[dict]:
@@ -739,15 +777,13 @@ def read_log(out: Path) -> list[dict]:
 
 def plot_losses(out: Path) -> None:
     """loss.png: the loss and its parts by step, and recall on validation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: its state, and so a notebook's plots, stay as they are
 
     rows = read_log(out)
     steps = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "val" in row]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name in [name for name in ("loss", "L_s", "L_sup") if steps and name in steps[0]]:
         left.plot([row["step"] for row in steps], [row[name] for row in steps], label=name)
     left.set(xlabel="step", ylabel="loss", title="training")
@@ -757,7 +793,6 @@ def plot_losses(out: Path) -> None:
     right.set(xlabel="step", ylabel="text-to-video, % of queries", title="validation", ylim=(0, 100))
     right.legend()
     figure.savefig(out / "loss.png", dpi=120)
-    plt.close(figure)
 
 
 def git_commit() -> str:
@@ -780,7 +815,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error (process {rank}): {error}" if rank else f"error: {error}")
     except KeyboardInterrupt as stop:
         if rank_and_world()[0] == 0:
-            print(stop or "stopped")
+            print(str(stop) or "stopped")
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

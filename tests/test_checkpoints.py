@@ -8,7 +8,7 @@ import torch
 from conftest import randn, random_model, small_clip
 
 import evaluate
-from model import TMASS, ModelError, XPool, _import_clip, load_checkpoint, save_checkpoint
+from model import TMASS, ModelError, XPool, _import_clip, load_checkpoint, load_clip, save_checkpoint
 
 FRAMES, DIM = 3, 24
 
@@ -111,6 +111,22 @@ def test_released_checkpoint_loads_strictly(released, tmp_path, spoil, says):
     torch.save({**released, "state_dict": state}, tmp_path / "model_best.pth")
     with pytest.raises(ModelError, match=rf"model_best\.pth is not a checkpoint of train\.py .*{says}.*or a released checkpoint"):
         load_checkpoint(tmp_path / "model_best.pth")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("text_projection", torch.ones(3)), ("ln_final.weight", torch.ones(32)), ("ln_final.weight", 3),
+    ("visual.attnpool.positional_embedding", torch.ones(0, 3)),
+])  # fmt: skip
+def test_foreign_weights_give_one_sentence(tmp_path, name, value):
+    """Sizes that no CLIP has, and things that are no tensors, in each of the layouts."""
+    state = {**small_clip().state_dict(), name: value}
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(ModelError, match=r"clip\.pt holds no CLIP of OpenAI's layout \(.+\): give"):
+        load_clip("tiny", tmp_path / "clip.pt")
+    torch.save({"model": {f"clip.{key}": v for key, v in state.items()}, "arguments": {}}, tmp_path / "ours.pt")
+    for path in (tmp_path / "clip.pt", tmp_path / "ours.pt"):
+        with pytest.raises(ModelError, match=rf"{path.name} is not a checkpoint of train\.py \(.+\): name"):
+            load_checkpoint(path)
 
 
 def test_file_with_other_python_objects_gives_one_sentence_and_runs_nothing(released, tmp_path):

@@ -14,7 +14,7 @@ from train import read_log
 
 @pytest.fixture
 def flags(clips_folder, tmp_path) -> list[str]:
-    """Seven pairs a batch: the two processes have three and four of them. Four validation clips."""
+    """Seven pairs a batch: the two processes have three and four of them (by micro-batches of three: in one, and in two). Four validation clips."""
     torch.save(small_clip("vit").state_dict(), tmp_path / "vit.pt")
     values = {"--dataset": "csv", "--annotations": clips_folder / "clips.csv", "--videos": clips_folder / "clips", "--data": tmp_path / "data",
               "--arch": "tiny", "--weights": tmp_path / "vit.pt", "--num-frames": 3, "--batch": 7, "--clip-lr": 3e-5, "--head-lr": 3e-5,
@@ -30,7 +30,7 @@ def torchrun(*arguments) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_two_processes_give_loss_gradients_and_weights_of_one(flags, tmp_path):
     train.main([*flags, "--out", str(tmp_path / "one")])
-    done = torchrun(*flags, "--micro-batch", "2", "--out", tmp_path / "two")
+    done = torchrun(*flags, "--micro-batch", "3", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation:") == 1  # the first process alone writes
     one, two = (load_file(tmp_path / name / "last.pt") for name in ("one", "two"))

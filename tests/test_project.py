@@ -8,9 +8,11 @@ from conftest import ROOT
 
 import data
 import evaluate
+import reproduce
+import search
 import train
 
-ORDER = ["shapes", "data", "model", "losses", "evaluate", "train"]
+ORDER = ["shapes", "data", "model", "losses", "evaluate", "train", "reproduce", "search"]
 
 
 def test_conda_installs_what_pip_installs():
@@ -21,8 +23,9 @@ def test_conda_installs_what_pip_installs():
     assert f"PYTHON ?= python{python}" in (ROOT / "Makefile").read_text()
 
 
-def test_every_requirement_has_an_exact_pin():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-search.txt"])
+def test_every_requirement_has_an_exact_pin(name):
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line) for line in lines if line)
 
 
@@ -45,13 +48,29 @@ def test_everything_public_says_what_it_is(module):
 
 
 def test_flags_that_the_readme_names_exist(capsys):
-    known = set()
-    for program, command in ((train, []), (evaluate, []), (data, ["check"]), (data, ["cache"])):
+    known = {"-k"}
+    programs = [
+        (train, []),
+        (evaluate, []),
+        (reproduce, []),
+        (data, ["check"]),
+        (data, ["cache"]),
+        *((search, [c]) for c in ("index", "query", "check", "serve")),
+    ]
+    for program, command in programs:
         with pytest.raises(SystemExit) as ended:
             program.main([*command, "--help"])
         assert ended.value.code == 0
         known |= set(re.findall(r"--[a-z][a-z-]+|--M", capsys.readouterr().out))
-    commands = re.findall(r"python (?:train|evaluate|data)\.py[^`\n]*", (ROOT / "README.md").read_text())
+    commands = re.findall(r"python (?:train|evaluate|data|search|reproduce)\.py[^`\n]*", (ROOT / "README.md").read_text())
     assert len(commands) > 5
     named = {flag for command in commands for flag in re.findall(r"--[A-Za-z][A-Za-z-]*", command)}
     assert named <= known
+
+
+def test_search_needs_its_own_packages_only_when_it_opens_a_library():
+    tree = ast.parse((ROOT / "search.py").read_text())
+    imported = {name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for name in (a.name for a in node.names)}
+    lines = (ROOT / "requirements-search.txt").read_text().splitlines()
+    optional = {line.split("==")[0].removesuffix("-headless").replace("-", "_") for line in lines}
+    assert "pymilvus" in optional and imported.isdisjoint(optional)

@@ -21,7 +21,7 @@ import evaluate
 import train
 from data import DataError
 from evaluate import open_checkpoint
-from model import TMASS, ModelError, load_file
+from model import TMASS, ModelError, load_file, save_checkpoint
 from train import PRESETS, Config, State, learning_rate, parse, preset, read_log, train_mode, train_step
 
 
@@ -104,6 +104,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(config, tm
     assert same_weights(a / "last.pt", b / "last.pt") and not same_weights(a / "last.pt", c / "last.pt")
 
 
+def test_the_run_that_pretrains_the_tiny_clip_starts_from_the_weights_of_later_ones(config, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "best.pt", TMASS(small_clip(), "clip"))
+    starts = []
+    for pretraining in (True, False):
+        monkeypatch.setattr(train, "tiny_clip", lambda config, draws=pretraining: (torch.randn(3 if draws else 0), tmp_path)[1])
+        starts.append(train.build(replace(config, weights=None)).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(starts[0].values(), starts[1].values()))
+
+
 def test_checkpoint_says_what_made_it(config):
     out = train.train(replace(config, max_steps=1))
     content = load_file(out / "best.pt")
@@ -157,6 +166,7 @@ def a_step(batch: int = 7, trunk: str = "vit", steps: int = 1, **options) -> tup
     torch.manual_seed(1)
     model = TMASS(small_clip(trunk), config.method, num_frames=3)
     train_mode(model, config)
+    train.compile_encoders(model, config.compile)
     state = State(model, config, total=10)
     images = torch.randint(0, 255, (batch, 3, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.randint(1, 49000, (batch, 20))
@@ -241,6 +251,17 @@ def test_compiled_encoders_keep_the_names_of_checkpoints():
     assert model.clip.visual._compiled_call_impl and model.clip.transformer._compiled_call_impl and list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("options", [dict(micro_batch=3), dict(trunk="resnet", amp="bf16")], ids=["vit, micro-batches", "resnet, bf16"])
+def test_compiled_encoders_give_loss_and_gradients_of_eager_ones(monkeypatch, options):
+    """Captured whole, with no break in the graph; run by torch itself, because to generate code takes a minute."""
+    eager, loss = a_step(**options)
+    normal, compiled = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(normal(module, backend="aot_eager", fullgraph=True)))
+    other, same_loss = a_step(compile="on", **options)
+    assert len(compiled) == 2 and torch.allclose(loss, same_loss, rtol=1e-5)
+    assert (gradients(eager) - gradients(other)).norm() < 1e-5 * gradients(eager).norm()
+
+
 def test_batch_norm_that_learns_refuses_parts_of_a_batch(config):
     with pytest.raises(ModelError, match=r"--method clip trains the batch norm .* leave --micro-batch away"):
         train.train(replace(config, method="clip", micro_batch=4))
@@ -250,34 +271,35 @@ def test_batch_norm_that_learns_refuses_parts_of_a_batch(config):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(amp="fp16"), dict(method="clip", trunk="resnet")], ids=["off", "fp16", "batch norm"])
-@pytest.mark.parametrize("what", ["loss", "gradient", "features"])
+@pytest.mark.parametrize("what", ["loss", "only loss", "gradient", "features"])
 def test_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, options, what):
     """Weights, statistics and AdamW's state stay; the schedule goes on; the next step is as good as ever."""
-    normal, cosine = train.head_loss, []
+    normal, calls = train.head_loss, []
 
     def broken(model, text, frames, config):
-        cosine.append(1)
-        spoil = torch.full_like(text, torch.nan if what == "features" and len(cosine) == 3 else 1.0)
+        calls.append(1)
+        spoil = torch.full_like(text, torch.nan if what == "features" and len(calls) == 6 else 1.0)
         loss, parts = normal(model, text * spoil, frames, config)
-        if what != "features" and len(cosine) == 3:
-            loss = loss * torch.inf if what == "loss" else loss + (0 * text.sum()).sqrt()  # finite, but not its gradient
+        if what != "features" and len(calls) == 6:
+            spoilt = {"loss": loss * torch.inf, "only loss": loss + torch.inf, "gradient": loss + (0 * text.sum()).sqrt()}
+            loss = spoilt[what]  # the second has a finite gradient; the third is finite, but not its gradient
         return loss, parts
 
     monkeypatch.setattr(train, "head_loss", broken)
     trunk = options.get("trunk", "vit")
     if trunk == "resnet" and what == "features":  # in the forward pass, so that the statistics see it too
-        monkeypatch.setattr(train.data, "normalise", lambda images: images / 255 if len(cosine) != 2 else images * torch.nan)
-    two, three, four = (a_step(steps=steps, **options)[0] for steps in (2, 3, 4) if not cosine.clear())
-    assert three.guard.read() == (1 + two.guard.read()[0], None) and three.step == 3
-    assert all(torch.equal(a, b) for a, b in zip(two.model.state_dict().values(), three.model.state_dict().values()))
-    before, after = (state.optimizer.state_dict()["state"] for state in (two, three))
-    assert all(torch.equal(before[k][name], after[k][name]) for k in before for name in before[k])
-    assert three.schedule.get_last_lr() != two.schedule.get_last_lr()
-    assert four.guard.read()[0] == three.guard.read()[0]
-    assert all(value.isfinite().all() for value in four.model.state_dict().values())
-    assert not torch.equal(four.model.logit_scale, three.model.logit_scale)
+        monkeypatch.setattr(train.data, "normalise", lambda images: images / 255 if len(calls) != 5 else images * torch.nan)
+    before, bad, after = (a_step(steps=steps, **options)[0] for steps in (5, 6, 7) if not calls.clear())  # fp16 finds its scale in the first three
+    assert bad.guard.read() == (1 + before.guard.read()[0], None) and bad.step == 6 and before.guard.counts[1] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before.model.state_dict().values(), bad.model.state_dict().values()))
+    moments = [state.optimizer.state_dict()["state"] for state in (before, bad)]
+    assert all(torch.equal(moments[0][k][name], moments[1][k][name]) for k in moments[0] for name in moments[0][k])
+    assert bad.schedule.get_last_lr() != before.schedule.get_last_lr()
+    assert after.guard.read()[0] == bad.guard.read()[0]
+    assert all(value.isfinite().all() for value in after.model.state_dict().values())
+    assert not torch.equal(after.model.logit_scale, bad.model.logit_scale)
     if options.get("amp") == "fp16":
-        assert three.scaler.get_scale() == two.scaler.get_scale() / 2
+        assert bad.scaler.get_scale() == before.scaler.get_scale() / 2
 
 
 def test_many_such_steps_in_a_row_end_training_with_the_clips(config, monkeypatch):
@@ -341,9 +363,9 @@ KILLS = int(os.environ.get("TMASS_KILLS", 3))  # TMASS_KILLS=10 pytest -s -k kil
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped(config, tmp_path):
     """kill -9 at a random moment: within a step, a validation, the writing of a checkpoint, or before the first step."""
-    config = replace(config, epochs=1 + KILLS, max_steps=9 + 3 * KILLS, save_every=1)  # 10 steps an epoch
+    config = replace(config, epochs=1 + KILLS, max_steps=9 + 6 * KILLS, save_every=1)  # 10 steps an epoch
     whole = train.train(replace(config, out=tmp_path / "whole", save_every=0))
-    context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
+    context, rng = multiprocessing.get_context("forkserver"), random.Random()
     context.set_forkserver_preload(["train"])  # imported once: a start costs a fork
 
     def start():
@@ -351,15 +373,21 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
         process.start()
         return process
 
-    kills, last = [], config.out / "last.pt"
+    last = config.out / "last.pt"
+
+    def written() -> int | None:
+        return last.stat().st_mtime_ns if last.exists() else None
+
+    kills = []
     while len(kills) < KILLS:
-        process, seen, written = start(), 0, None
-        steps = rng.randint(0, 4)  # checkpoints to see before the kill
-        while process.is_alive() and seen < steps:
-            now = last.stat().st_mtime_ns if last.exists() else None
-            seen, written = seen + (now != written), now
+        process, seen, newest = start(), 0, written()
+        steps = rng.randint(0, 4)  # new checkpoints to see before the kill; none: at any time before the first
+        end = time.monotonic() + (rng.random() if steps == 0 else 60)
+        while process.is_alive() and seen < max(1, steps) and time.monotonic() < end:
+            now = written()
+            seen, newest = seen + (now != newest), now
             time.sleep(0.001)
-        time.sleep(rng.random() * (0.05 if steps else 2))
+        time.sleep(rng.random() * 0.05 * (steps > 0))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "the run ended before its last kill"
@@ -377,6 +405,18 @@ def quietly(config: Config, threads: int) -> None:
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
         train.train(config)
+
+
+def test_a_run_killed_in_its_validation_loses_no_step(config, tmp_path, monkeypatch):
+    config = replace(config, max_steps=3)
+    whole = train.train(replace(config, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C twice
+        train.train(config)
+    calls = signal_in_step(0, monkeypatch)
+    train.train(replace(config, resume=True))
+    assert calls == [] and same_weights(whole / "last.pt", config.out / "last.pt") and same_rows(whole, config.out)
+    assert load_file(config.out / "last.pt")["val"] == load_file(whole / "best.pt")["val"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
@@ -407,6 +447,11 @@ def test_resume_refuses_another_config_other_data_and_a_foreign_file(config, cli
     less.write_text((clips_folder / "clips.csv").read_text().replace(" ", "  "))
     with pytest.raises(ModelError, match="other clips or captions"):
         train.train(replace(config, max_steps=1, resume=True, annotations=less))
+    state = load_file(config.out / "last.pt")
+    state["model"]["fusion.query.weight"] = state["model"]["fusion.query.weight"][:3]
+    torch.save(state, config.out / "last.pt")
+    with pytest.raises(ModelError, match=r"last\.pt does not fit this model"):
+        train.train(replace(config, max_steps=1, resume=True))
     shutil.copy(config.out / "best.pt", config.out / "last.pt")
     with pytest.raises(ModelError, match=r"not a last\.pt"):
         train.train(replace(config, max_steps=1, resume=True))
@@ -423,6 +468,42 @@ def test_a_finished_run_is_left_as_it_is_and_a_new_one_takes_a_new_folder(config
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad input, CLI
+
+
+def test_a_run_is_named_by_data_set_arch_and_method(weights):
+    assert train.run_folder(Config(dataset="msrvtt")) == Path("runs/msrvtt-vit-b32-tmass")
+    assert train.run_folder(Config(dataset="csv", arch="ViT-L/14@336px", method="xpool")) == Path("runs/csv-vit-l14336px-xpool")
+    assert train.run_folder(Config(arch=str(weights))) == Path("runs/shapes-small-tmass")
+
+
+@pytest.mark.parametrize("mistake, says", [
+    (dict(batch=0), "--batch 0: give a number from 1 on"), (dict(micro_batch=-1), "--micro-batch -1"), (dict(max_steps=0), "--max-steps 0"),
+    (dict(dropout=1.5), "--dropout 1.5: give a number from 0 to 1"), (dict(clip_lr=math.nan), "--clip-lr nan"), (dict(seed=-1), "--seed -1"),
+    (dict(initial_radius=0), "--initial-radius 0"), (dict(num_frames=0), "--num-frames 0"), (dict(epochs=0), "--epochs 0"),
+])  # fmt: skip
+def test_numbers_out_of_range_give_one_sentence(config, mistake, says):
+    with pytest.raises(ModelError, match=says):
+        train.train(replace(config, **mistake))
+
+
+def test_every_number_of_the_config_has_a_range():
+    numbers = {name for name, kind in Config.__annotations__.items() if kind in (int, float, int | None)}
+    assert numbers == set(train.RANGES)
+    for dataset in Config.__annotations__["dataset"].__args__:
+        for method in ("clip", "xpool", "tmass"):
+            train.check_numbers(preset(dataset, method))
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_training(config, weights):
+    with pytest.raises(ModelError, match=rf"{weights}/run could not be written \(Not a directory\)"):
+        train.train(replace(config, out=weights / "run"))
+
+
+def test_ctrl_c_before_the_first_step_says_that_it_stopped(monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        train.main([])
+    assert ended.value.code == 130 and capsys.readouterr().out == "stopped\n"
 
 
 def test_bad_input_gives_one_sentence_and_no_traceback(clips_folder, weights, tmp_path, monkeypatch):
@@ -455,7 +536,7 @@ def test_bad_input_gives_one_sentence_and_no_traceback(clips_folder, weights, tm
         "corrupt.pt is not a file of weights": ("train", {"--weights": tmp_path / "corrupt.pt"}),
         "finds no CUDA device": ("train", {"--device": "cuda"}),
         "add --no-augment": ("train", {"--freeze": "vision"}),
-        "LSMDC needs LSMDC16_annos_training.csv": ("train", {"--dataset": "lsmdc", "--annotations": None, "--videos": None}),
+        "lsmdc needs LSMDC16_annos_training.csv": ("train", {"--dataset": "lsmdc", "--annotations": None, "--videos": None}),
         "no checkpoint under runs": ("evaluate", {}),
         "none/best.pt not found": ("evaluate", {"--checkpoint": tmp_path / "none/best.pt"}),
         "corrupt.pt is not a file of weights, or is damaged": ("evaluate", {"--checkpoint": tmp_path / "corrupt.pt"}),

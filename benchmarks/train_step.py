@@ -1,0 +1,304 @@
+"""How fast a training step is, and in how much memory: train.train_step beside a plain step of the same model, and stage by stage.
+
+    python benchmarks/train_step.py               # the tiny CLIP on the CPU; ViT-B/32 and ViT-B/16 too where there is a CUDA GPU
+
+T-MASS with random weights, all of it trained, 32 pairs of 12 frames. The plain step is what the released code does: float32, eager, attention
+written out, AdamW without fusion, the loss read back in each step. FLOPs of the model (products and convolutions, forward and backward) are
+counted by torch on the plain step; their share of the device's peak is its model-FLOP utilisation (MFU). The peak is the maker's for dense bf16 where
+PEAKS knows the GPU, else what a large product of matrices reaches in this run. Every case runs in a process of its own; memory is the peak
+beyond what is there before the first step on the CPU, and all of it on CUDA. Ratios are within one run. Writes benchmarks/train_step.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import shapes  # noqa: E402
+import train  # noqa: E402
+from model import TMASS, _import_clip, load_clip  # noqa: E402
+from train import Config, State, head_loss, train_mode, train_step  # noqa: E402
+
+BATCH, FRAMES, MICRO = 32, 12, 8
+SECONDS = 8  # a case is timed for about so long
+VIT = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, context_length=77, vocab_size=49408,
+           transformer_width=512, transformer_heads=8, transformer_layers=12)  # fmt: skip
+# Dense bf16 products with float32 sums, FLOP/s, by the maker's data sheets; the first name that is part of the GPU's counts.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+         "L4": 121e12, "RTX 4090": 165e12}  # fmt: skip
+# The steps that are compared: the flags of train.py that each has. (On the CPU nothing is compiled.)
+STEPS = {"plain": {}, "train_step": {}, "train_step --compile off": dict(compile="off"), f"train_step --micro-batch {MICRO}": dict(micro_batch=MICRO)}
+
+
+def build(arch: str) -> TMASS:
+    """T-MASS with random weights at the sizes of an arch."""
+    torch.manual_seed(0)
+    clip = load_clip("tiny") if arch == "tiny" else _import_clip().model.CLIP(**VIT, vision_patch_size=int(arch.split("/")[1])).float()
+    return TMASS(clip, "tmass", FRAMES)
+
+
+def config_of(arch: str, batch: int, **options) -> Config:
+    """What train.py would train an arch with, all of CLIP included."""
+    base = train.preset("shapes" if arch == "tiny" else "msrvtt", "tmass")
+    return replace(base, arch=arch, batch=batch, num_frames=FRAMES, freeze="none", augment=True, **options)
+
+
+def random_batch(model: TMASS, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and tokens of a batch, on the device."""
+    size, length = model.resolution, model.clip.context_length
+    return (torch.randint(0, 256, (batch, FRAMES, 3, size, size), dtype=torch.uint8).to(device),
+            torch.randint(1, 49407, (batch, length)).to(device))  # fmt: skip
+
+
+def plain_step(model: TMASS, optimizer: torch.optim.Optimizer, images: Tensor, tokens: Tensor, config: Config) -> float:
+    """A step as the released code makes it; the same loss as train_step's."""
+    with sdpa_kernel(SDPBackend.MATH):
+        text, frames = model.encode_text(tokens), model.encode_frames(data.normalise(images))
+        loss, _ = head_loss(model, text, frames, config)
+        optimizer.zero_grad()
+        loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    return loss.item()
+
+
+def stepper(name: str, model: TMASS, config: Config, device: torch.device) -> tuple[Callable[[Tensor, Tensor], object], State | None]:
+    """A function that makes one step of a kind (of STEPS) on a batch; for train_step its state too."""
+    train_mode(model, config)
+    if name == "plain":
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-6, weight_decay=config.weight_decay, foreach=False, fused=False)
+        return lambda images, tokens: plain_step(model, optimizer, images, tokens, config), None
+    if device.type == "cuda":
+        model.clip.visual.to(memory_format=torch.channels_last)
+    train.compile_encoders(model, config.compile)
+    state = State(model, config, total=10_000)
+    return lambda images, tokens: train_step(state, images, tokens, config, len(tokens)), state
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_a_step(step: Callable[[], object], device: torch.device, warm_up: int, seconds: float = SECONDS) -> float:
+    """The median over rounds of steps; a GPU is waited for at the end of a round only."""
+    for _ in range(warm_up):
+        step()
+    synchronize(device)
+    each, rounds = 10 if device.type == "cuda" else 1, []
+    while len(rounds) < 3 or sum(rounds) * each < seconds:
+        started = time.perf_counter()
+        for _ in range(each):
+            step()
+        synchronize(device)
+        rounds.append((time.perf_counter() - started) / each)
+    return statistics.median(rounds)
+
+
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """The device's FLOP/s, and where the number is from."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAKS.items():
+            if part in name:
+                return peak, f"{name}: {peak / 1e12:.0f} TFLOP/s dense bf16 by its data sheet"
+    size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, device=device, dtype=kind)
+    peak = 2 * size**3 / seconds_a_step(lambda: a @ b, device, 2, seconds=3)
+    return peak, f"{device.type}: {peak / 1e12:.3g} TFLOP/s, measured, {size} x {size} {str(kind).removeprefix('torch.')} product"
+
+
+def count_flops(step: Callable[[], object]) -> int:
+    """Of products and convolutions in one step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def resident(peak: bool) -> float:
+    """Memory of this process, GiB: its peak so far, or now."""
+    if peak:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+def measure(arch: str, device: torch.device, name: str, batch: int) -> dict:
+    """{clips/s, steps/s, GiB, FLOPs} of one kind of step."""
+    model = build(arch).to(device)
+    images, tokens = random_batch(model, batch, device)
+    before = resident(peak=False)
+    step, _ = stepper(name, model, config_of(arch, batch, **STEPS[name]), device)
+    flops = count_flops(lambda: step(images, tokens)) if name == "plain" else None
+    seconds = seconds_a_step(lambda: step(images, tokens), device, warm_up=2)
+    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resident(peak=True) - before
+    return {"batch": batch, "steps/s": 1 / seconds, "clips/s": batch / seconds, "gib": gib, "flops": flops}
+
+
+def case(arch: str, device: str, name: str, result) -> None:
+    """Sends what `measure` finds back; where the GPU's memory is too small, with half the batch, and so on."""
+    batch, found = BATCH, None
+    while found is None:
+        try:
+            found = measure(arch, torch.device(device), name, batch)
+        except torch.OutOfMemoryError:
+            batch //= 2
+        if found is None:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    result.put(dict(arch=arch, device=device, step=name, **found))
+
+
+def peak_case(device: str, result) -> None:
+    """Sends the peak of a device back."""
+    result.put(dict(zip(("peak", "about"), peak_flops(torch.device(device)))))
+
+
+STAGES = ("data", "encode text", "encode frames", "fuse", "loss", "backward", "optimizer", "other")
+
+
+class StageClock:
+    """Seconds of each stage, by waiting for the device before and after it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, defaultdict(float)
+
+    def timed(self, stage: str, function: Callable) -> Callable:
+        """The function, with its time added to a stage."""
+
+        def run(*arguments, **keywords):
+            started = self.now()
+            out = function(*arguments, **keywords)
+            self.seconds[stage] += self.now() - started
+            return out
+
+        return run
+
+    def now(self) -> float:
+        """The time when all that was asked of the device is done."""
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def watch(self, model: TMASS, state: State) -> None:
+        """Puts the clock around what train_step calls: so the step that is measured is train.py's own."""
+        model.encode_text = self.timed("encode text", model.encode_text)
+        model.encode_frames = self.timed("encode frames", model.encode_frames)
+        model.fusion.forward = self.timed("fuse", model.fusion.forward)
+        model.radius.forward = self.timed("fuse", model.radius.forward)
+        for name, stage in (("draw_noise", "fuse"), ("stochastic_text", "fuse"), ("support_text", "fuse"), ("tmass_loss", "loss")):
+            setattr(train, name, self.timed(stage, getattr(train, name)))
+        torch.Tensor.backward = self.timed("backward", torch.Tensor.backward)
+        nn.utils.clip_grad_norm_ = self.timed("optimizer", nn.utils.clip_grad_norm_)
+        for part, name in ((state.scaler, "unscale_"), (state.scaler, "step"), (state.scaler, "update"), (state.guard, "look")):
+            setattr(part, name, self.timed("optimizer", getattr(part, name)))
+
+
+def stages_case(arch: str, device: str, folder: str, result) -> None:
+    """Sends {stage: milliseconds, the median over steps} of train_step back; data: its batch from the cache, by one process (built-in clips)."""
+    where, config = torch.device(device), config_of(arch, BATCH)
+    model = build(arch).to(where)
+    clips = [data.Clip(path.name, path, ("a red square rolls to the left",), "train") for path in sorted(Path(folder).glob("*.mp4"))]
+    cache = data.FrameCache(Path(folder) / "cache", FRAMES, model.resolution)
+    assert cache.fill(clips) == {}
+    dataset = data.ClipDataset(clips, cache, model.clip.context_length, augmentation=(0, 0))
+    step, state = stepper("train_step", model, config, where)
+    order = [[(clip, 0) for clip in range(BATCH)]]
+    clock, steps = StageClock(where), []
+
+    def load() -> tuple[Tensor, Tensor]:
+        images, tokens = next(iter(data.batches(dataset, order, pin_memory=where.type == "cuda")))
+        return images.to(where), tokens.to(where)
+
+    for _ in range(3):
+        step(*load())
+    clock.watch(model, state)
+    began = clock.now()
+    while len(steps) < 3 or time.perf_counter() - began < SECONDS:
+        clock.seconds.clear()
+        started = clock.now()
+        step(*clock.timed("data", load)())
+        total = clock.now() - started
+        steps.append({**clock.seconds, "other": total - sum(clock.seconds.values())})
+    result.put(dict(arch=arch, device=device, ms={stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in STAGES}))
+
+
+def run(function: Callable, *arguments) -> dict | None:
+    """What a case sends from a process of its own, None where it failed."""
+    context = multiprocessing.get_context("spawn")
+    result = context.Queue()
+    process = context.Process(target=function, args=(*arguments, result))
+    process.start()
+    while process.is_alive() and result.empty():
+        time.sleep(0.05)
+    row = result.get(timeout=5) if not result.empty() or process.exitcode == 0 else None
+    process.join()
+    if row is None:
+        print(f"{function.__name__}{arguments}: failed, exit code {process.exitcode}", flush=True)
+    return row
+
+
+def compare(arch: str, device: str, peak: float) -> list[dict]:
+    """The steps of an arch, as a table and as rows. The plain one and ours take turns, twice, and the faster run counts: other work on the
+    machine then hurts both."""
+    names = [name for name in STEPS if device == "cuda" or "compile" not in name]
+    found = [row for row in (run(case, arch, device, name) for name in [*names[:2], *names]) if row]
+    rows = [max((row for row in found if row["step"] == name), key=lambda row: row["clips/s"], default=None) for name in names]
+    rows = [row for row in rows if row]
+    plain = next((row for row in rows if row["step"] == "plain"), None)
+    flops = plain["flops"] / plain["batch"] if plain else float("nan")
+    print(f"\n{arch} on {device}, {BATCH} x {FRAMES} frames, {flops * BATCH / 1e12:.3g} TFLOP a step\n")
+    print("| step | steps/s | clips/s | ratio | peak memory, GiB | MFU, % |\n|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        row["ratio"], row["mfu"] = row["clips/s"] / plain["clips/s"] if plain else None, 100 * flops * row["clips/s"] / peak
+        name = row["step"] + (f", batch {row['batch']} (out of memory with more)" if row["batch"] < BATCH else "")
+        ratio = f"{row['ratio']:.2f}" if plain else "-"
+        print(f"| {name} | {row['steps/s']:.2f} | {row['clips/s']:.1f} | {ratio} | {row['gib']:.2f} | {row['mfu']:.1f} |", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measures, prints the tables, writes the JSON."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    devices = {"cpu": ("tiny",), "cuda": ("ViT-B/32", "ViT-B/16")}
+    rows, stages, peaks = [], [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        shapes._render_clips((Path(folder), 0, range(BATCH)))
+        for device, archs in devices.items():
+            if device == "cuda" and not torch.cuda.is_available():
+                print("\nViT-B/32 and ViT-B/16 on CUDA: not run (no device)")
+                continue
+            peaks[device] = run(peak_case, device)
+            print(f"\npeak of {peaks[device]['about']}", flush=True)
+            for arch in archs:
+                rows += compare(arch, device, peaks[device]["peak"])
+                stages.append(run(stages_case, arch, device, folder))
+    for row in filter(None, stages):
+        total = sum(row["ms"].values())
+        print(f"\n{row['arch']} on {row['device']}, a step by stages\n\n| stage | ms | % |\n|---|---:|---:|")
+        print("\n".join(f"| {stage} | {ms:.1f} | {100 * ms / total:.0f} |" for stage, ms in row["ms"].items()))
+    about = dict(machine=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+                 command=" ".join(sys.argv), peaks=peaks)  # fmt: skip
+    (ROOT / "benchmarks" / "train_step.json").write_text(json.dumps({**about, "rows": rows, "stages": stages}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A trained T-MASS small enough to ship (assets/tiny.npz, under 2 MB), and the built-in clips to try it on: no run, no download needed.
+
+    python notebooks/sample.py runs/shapes-tiny-tmass      # make sample: how assets/tiny.npz is made from a run of `make demo`
+
+The file holds the whole model: matrices in 8 bits with one scale a row, vectors in float16, and of the 49,408 word embeddings only those that
+the captions of the built-in clips use (the others are zero here: this model knows no other words). Pictures and captions are not stored:
+shapes.py draws them again, without the video compression that the model saw in training.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import shapes
+from evaluate import Features, open_checkpoint
+from model import TMASS, build_from_checkpoint
+
+FILE = ROOT / "assets" / "tiny.npz"
+WORDS = "clip.token_embedding.weight"
+
+
+def load() -> TMASS:
+    """The trained tiny T-MASS, in eval mode; `model.about` says what it was trained with."""
+    with np.load(FILE) as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "about"}
+        about = json.loads(file["about"].item())
+    state = {}
+    for name, values in arrays.items():
+        if not name.endswith((".scale", ".rows")):
+            state[name] = values.float() * arrays[f"{name}.scale"] if f"{name}.scale" in arrays else values
+    words = torch.zeros(about["vocabulary"], state[WORDS].shape[1])
+    words[arrays[f"{WORDS}.rows"]] = state[WORDS]
+    model = build_from_checkpoint({"model": {**state, WORDS: words}, "arguments": about["arguments"]}, FILE).requires_grad_(False)
+    model.about = about
+    return model
+
+
+def clips(count: int = 100) -> list[shapes.ShapesClip]:
+    """The first clips of the built-in test split: scenes, lengths and captions. Pictures of one: `pictures(clip)`."""
+    first = sum(shapes.SPLITS.values()) - shapes.SPLITS["test"]
+    return [shapes.make_clip(0, first + k) for k in range(count)]
+
+
+def pictures(clip: shapes.ShapesClip, num_frames: int = 12) -> np.ndarray:
+    """The frames that stand for a clip, drawn: uint8 (frames, height, width, 3)."""
+    drawn = [np.asarray(image) for image in shapes.draw_clip(clip)]
+    return np.stack([drawn[k] for k in data.segment_midpoints(len(drawn), num_frames)])
+
+
+def images(model: TMASS, clips: Sequence[shapes.ShapesClip]) -> Tensor:
+    """What phi_v takes: (videos, frames, 3, height, width), in CLIP's size and scale."""
+    small = np.stack([[data.resize(frame, model.resolution) for frame in pictures(clip, model.arguments["num_frames"])] for clip in clips])
+    return data.normalise(torch.from_numpy(small).permute(0, 1, 4, 2, 3))
+
+
+def encode(model: TMASS, clips: Sequence[shapes.ShapesClip], captions: int = 1) -> Features:
+    """Text of the first captions of each clip, and frames of each clip, as evaluate.extract_features makes them from files."""
+    sentences = [caption.text for clip in clips for caption in clip.captions[:captions]]
+    text = model.encode_text(data.tokenize(sentences, model.clip.context_length))
+    frames = torch.cat([model.encode_frames(images(model, clips[k : k + 20])) for k in range(0, len(clips), 20)])
+    return Features(text, frames, torch.arange(len(clips)).repeat_interleave(captions))
+
+
+def write_folder(folder: Path, count: int, seed: int = 99, words: dict[str, str] | None = None) -> list[shapes.ShapesClip]:
+    """A folder as a user has it, for notebook 08: `count` video files and captions.csv (video,caption,split), other clips than the built-in
+    ones. `words` replaces words of the captions. Of ten clips six are for training, one for validation, three for the test."""
+    folder.mkdir(parents=True)
+    shapes._render_clips((folder, seed, range(count)))
+    clips = [shapes.make_clip(seed, number) for number in range(count)]
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["video", "caption", "split"])
+        for number, clip in enumerate(clips):
+            split = ["train", "val", "test"][np.searchsorted([6, 7], number % 10, side="right")]
+            for caption in clip.captions:
+                text = re.sub(r"\w+", lambda word: (words or {}).get(word[0], word[0]), caption.text)
+                writer.writerow([f"clip{number:05d}.mp4", text, split])
+    return clips
+
+
+def pack(run: Path) -> None:
+    """Writes FILE from a run of train.py."""
+    model, config, _ = open_checkpoint(run)
+    state = model.state_dict()
+    captions = (caption.text for n in range(sum(shapes.SPLITS.values())) for caption in shapes.make_clip(0, n).captions)
+    rows = data.tokenize(list(captions), model.clip.context_length).unique()
+    about = dict(arguments=model.arguments, config=config, vocabulary=len(state[WORDS]), command=f"python notebooks/sample.py runs/{run.name}")
+    arrays = {f"{WORDS}.rows": rows, "about": json.dumps(about)}
+    for name, values in {**state, WORDS: state[WORDS][rows]}.items():
+        if values.dim() < 2:
+            arrays[name] = values.half() if values.is_floating_point() else values
+            continue
+        scale = values.abs().amax(dim=tuple(range(1, values.dim())), keepdim=True).clamp_min(1e-12) / 127
+        arrays[name], arrays[f"{name}.scale"] = (values / scale).round().to(torch.int8), scale
+    np.savez_compressed(FILE, **{name: np.asarray(values) for name, values in arrays.items()})
+    print(f"{FILE.relative_to(ROOT)}: {FILE.stat().st_size / 2**20:.2f} MiB, from {run}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} RUN (a folder of train.py, such as runs/shapes-tiny-tmass)")
+    pack(Path(sys.argv[1]))
