@@ -770,7 +770,7 @@ class ClipDataset(torch.utils.data.Dataset):
     `dataset[clip, caption]` is the plain item: the midpoints of the segments, the middle square. With `augmentation=(seed, epoch)` it is
     cropped and flipped at random, with `sampling=(seed, epoch)` each segment gives a random frame (of those that the cache keeps); both
     depend on nothing but seed, epoch, clip and caption: not on workers, nor on what was loaded before. With `features` (videos, frames, dim)
-    set, an item holds the features of its clip in the place of its images."""
+    set, an item holds the features of its clip in the place of its images; `tokens`, a tensor a clip, may hold features of captions as well."""
 
     features: Float[Tensor, "videos frames dim"] | None = None
     sampling: tuple[int, int] | None = None
@@ -785,7 +785,7 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def __getitem__(
         self, index: int | tuple[int, int]
-    ) -> tuple[UInt8[Tensor, "frames 3 size size"] | Float[Tensor, "frames dim"], Int[Tensor, " tokens"]]:
+    ) -> tuple[UInt8[Tensor, "frames 3 size size"] | Float[Tensor, "frames dim"], Int[Tensor, " tokens"] | Float[Tensor, " dim"]]:
         clip, caption = index if isinstance(index, tuple) else (index, 0)
         if self.features is not None:
             return self.features[clip], self.tokens[clip][caption]

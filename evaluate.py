@@ -170,7 +170,7 @@ class Expectation:
         A, B, C = (r2v * video).sum(-1), (r2v * t).sum(-1), (r2t * t).sum(-1)
         mean = (x - s2 * B / n + 1.5 * s2 * x * C / n.square()) / n.sqrt()
         variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
-        return (mean + best_of(self.M) * variance.clamp_min(0).sqrt()) / video.norm(dim=-1).clamp_min(1e-12)
+        return (mean + best_of(self.M) * variance.clamp_min(1e-20).sqrt()) / video.norm(dim=-1).clamp_min(1e-12)
 
 
 @functools.cache
@@ -643,16 +643,24 @@ def readable(clips: list[Clip], cache: FrameCache, store: FeatureCache, allow_mi
     return left
 
 
-def evaluate(config: EvaluationConfig, path: Path) -> dict:
-    """Evaluates one checkpoint; writes results.json, ranks.png and retrieved.png (with -LEAKS in their names under
-    --protocol released); returns what results.json holds.
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, and what is scored with it. Under torchrun `features` hold the frames of this process's share of the videos, and all texts."""
 
-    Under torchrun each process encodes and scores its share of the videos; the first one writes."""
-    started = time.time()
-    rank, world = rank_and_world()
-    device = choose_device(config.device)
+    model: TMASS
+    trained: dict  # the config it was trained with
+    file: Path
+    dataset: str
+    clips: list[Clip]
+    listed: int  # clips of the split, before those that are missing were left out
+    cache: FrameCache
+    features: Features
+
+
+def open_run(config: EvaluationConfig, path: Path) -> Opened:
+    """Opens a checkpoint and makes its features of the clips, once for all ways to score them. Raises DataError and ModelError."""
     model, trained, file = open_checkpoint(path)
-    model = model.to(device)
+    model = model.to(choose_device(config.device))
     dataset = config.dataset or trained.get("dataset")
     if dataset is None:
         raise ModelError(f"{file} does not say which data set it is for: name one by --dataset (csv: with --annotations and --videos).")
@@ -666,24 +674,48 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
     cache = FrameCache(data.cache_folder(dataset, config.data, sources[1]), model.arguments["num_frames"], model.resolution)
     store = feature_cache(cache, model)
     listed, clips = len(clips), readable(clips, cache, store, config.allow_missing)
-    if world > len(clips):
+    if (world := rank_and_world()[1]) > len(clips):
         raise ModelError(f"{world} processes for {len(clips)} videos: start fewer.")
-
     own = share(len(clips))
     features = extract_features(model, clips[own], cache, config.batch, config.workers, config.amp, store)
-    own_text = features.text if config.protocol == "released" else None
-    text, owner = gather(features.text), gather(features.owner + own.start)
-    seconds_features, started = time.time() - started, time.time()
+    features = replace(features, text=gather(features.text), owner=gather(features.owner + own.start))
+    return Opened(model, trained, file, dataset, clips, listed, cache, features)
 
-    M = config.M if model.radius is not None and config.score != "mean" else 0
-    prior = prior_of(config, trained, dataset)
+
+def score_all(config: EvaluationConfig, opened: Opened) -> Float[Tensor, "texts videos"]:
+    """The scores of all pairs, as the flags say; under torchrun each process scores its share of the videos and has the whole."""
+    features, own = opened.features, share(len(opened.clips))
+    M = draws(config, opened)
+    prior = prior_of(config, opened.trained, opened.dataset)
     if config.score == "expected":
         noise = Expectation(M, **prior)
     elif config.noise == "independent":
         noise = PairNoise(M, config.seed, **prior, first_video=own.start)
     else:
-        noise = noise_bank(M, text.shape[1], config.seed, **prior)
-    matrix = gather(scores(model, text, features.frames, noise, own_text=own_text, progress=rank == 0).T.contiguous()).T
+        noise = noise_bank(M, features.text.shape[1], config.seed, **prior)
+    own_text = features.text[own] if config.protocol == "released" else None
+    progress = rank_and_world()[0] == 0
+    return gather(scores(opened.model, features.text, features.frames, noise, own_text=own_text, progress=progress).T.contiguous()).T
+
+
+def draws(config: EvaluationConfig, opened: Opened) -> int:
+    """M, 0 where t itself is scored."""
+    return config.M if opened.model.radius is not None and config.score != "mean" else 0
+
+
+def evaluate(config: EvaluationConfig, path: Path) -> dict:
+    """Evaluates one checkpoint; writes results.json, ranks.png and retrieved.png (with -LEAKS in their names under
+    --protocol released); returns what results.json holds.
+
+    Under torchrun each process encodes and scores its share of the videos; the first one writes."""
+    started = time.time()
+    rank, world = rank_and_world()
+    opened = open_run(config, path)
+    model, trained, file, clips, listed = opened.model, opened.trained, opened.file, opened.clips, opened.listed
+    device, owner, dataset = model.logit_scale.device, opened.features.owner, opened.dataset
+    seconds_features, started = time.time() - started, time.time()
+    M, prior = draws(config, opened), prior_of(config, trained, dataset)
+    matrix = score_all(config, opened)
     metrics = retrieval_metrics(matrix, owner)
     if config.dsl:
         scale = model.logit_scale.exp().item()
@@ -703,7 +735,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         "method": model.arguments["method"],
         "dataset": dataset,
         "split": config.split,
-        "texts": len(text),
+        "texts": len(owner),
         "videos": len(clips),
         "missing": listed - len(clips),
         "M": M,
@@ -722,7 +754,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         (out / f"results{mark}.json").write_text(json.dumps(result, indent=2) + "\n")
         rank_histogram(out / f"ranks{mark}.png", text_to_video_ranks(matrix, owner), len(clips))
         try:
-            contact_sheet(out / f"retrieved{mark}.png", matrix.cpu(), owner.cpu(), clips, cache)
+            contact_sheet(out / f"retrieved{mark}.png", matrix.cpu(), owner.cpu(), clips, opened.cache)
         except DataError as error:  # kept features may have outlived videos and frames
             print(f"no retrieved.png: {error}", file=sys.stderr)
     return {**result, "written": f"{out}/results{mark}.json, ranks{mark}.png, retrieved{mark}.png"}

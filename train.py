@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 import data
 from data import Clip, ClipDataset, DataError, FrameCache
 from evaluate import (
+    Expectation,
     autocast,
     choose_device,
     extract_features,
@@ -75,12 +76,15 @@ class Config:
 
     method: Literal["clip", "xpool", "tmass"] = "tmass"
     """clip: mean-pooled frames; xpool: text-conditioned fusion psi; tmass: psi and the text mass"""
+    recipe: Literal["paper", "best"] = "paper"
+    """how T-MASS trains, a preset of the flags below: paper, as the paper reads; best, what ranked best on the built-in clips (RESULTS.md)"""
     arch: str = "ViT-B/32"
     """tiny, ViT-B/32, ViT-B/16, or a file of CLIP weights"""
     weights: Path | None = None
     """CLIP's weights as a file, for machines without network"""
-    freeze: Literal["none", "vision"] = "none"
-    """vision: phi_v keeps its weights, and its features are computed once and kept: training psi, R and phi_t then costs a tenth"""
+    freeze: Literal["none", "vision", "clip"] = "none"
+    """vision: phi_v keeps its weights, and its features are computed once and kept: training psi, R and phi_t then costs a tenth; clip: phi_t
+    keeps its weights too, and psi, R and the temperature alone learn"""
     num_frames: int = 12
     """T', frames a clip"""
     sampling: Literal["uniform", "random"] = "uniform"
@@ -96,10 +100,13 @@ class Config:
     prior: Literal["normal", "uniform"] = "normal"
     """eps ~ N(0, prior_std^2), the paper's with 1; or U(0, 1), the released code's default"""
     prior_std: float = 1.0
-    pairs: Literal["matched", "every"] = "matched"
-    """draw t_s in training for matched pairs only (as the released code) or for every pair (as inference does)"""
+    pairs: Literal["matched", "every", "expected"] = "matched"
+    """L_s in training: t_s drawn for matched pairs only (as the released code), for every pair (as inference does), or no draw: every pair
+    scored by the expected best of M, as --score expected does in inference, so that R is rewarded for ranking"""
     alpha: float = 1.2
     """weight of the support-text loss"""
+    ce: float = 0.0
+    """weight of L_ce, the loss of t itself, beside L_s (the paper's ablation keeps it in one row)"""
     M: int = 20
     """texts drawn for each pair in validation"""
 
@@ -113,6 +120,8 @@ class Config:
     """AdamW's learning rate for CLIP"""
     head_lr: float = 3e-5
     """and for psi and R"""
+    radius_lr: float | None = None
+    """and for R alone, where it is another than psi's: at psi's, W hardly leaves its random start"""
     weight_decay: float = 0.2
     """on all parameters, biases, norms and scalars too, as the released code"""
     warmup: float = 0.1
@@ -140,7 +149,8 @@ class Config:
 # The smallest and largest values of numbers; others have none.
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("num_frames", "heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
-    **dict.fromkeys(("prior_std", "alpha", "M", "clip_lr", "head_lr", "weight_decay", "seed", "workers", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("prior_std", "alpha", "ce", "M", "clip_lr", "head_lr", "radius_lr", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("seed", "workers", "save_every"), (0, math.inf)),
     **dict.fromkeys(("initial_radius", "grad_clip"), (1e-6, math.inf)),
     **dict.fromkeys(("dropout", "warmup"), (0, 1)),
 }
@@ -154,14 +164,17 @@ PRESETS: dict[str, dict] = {
     "lsmdc": dict(head_lr=1e-5, workers=8),
     **{name: dict(workers=8) for name in ("msrvtt", "msrvtt-7k", "msrvtt-full", "didemo", "charades", "vatex", "msvd")},
 }
+# What ranked best on the built-in clips' validation split (RESULTS.md).
+RECIPES: dict[str, dict] = {"paper": {}, "best": dict(pairs="expected", alpha=0.0, radius_lr=1e-2)}
 # Mean pooling on the built-in clips is the second half of the tiny CLIP's own pretraining: all of it learns.
 PRETRAINING = dict(freeze="none", batch=32, clip_lr=1e-3, epochs=1, max_steps=200)
 
 
-def preset(dataset: str, method: str) -> Config:
-    """The defaults for a data set and a method, before any flag."""
+def preset(dataset: str, method: str, recipe: str | None = None) -> Config:
+    """The defaults for a data set, a method and a recipe, before any flag."""
     own = {"method": method, **PRESETS.get(dataset, {}), **(PRETRAINING if (dataset, method) == ("shapes", "clip") else {})}
-    return replace(Config(), dataset=dataset, **own)
+    own["recipe"] = recipe or own.get("recipe", "paper")
+    return replace(Config(), dataset=dataset, **own, **(RECIPES[own["recipe"]] if method == "tmass" else {}))
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -171,8 +184,9 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="shapes")
     first.add_argument("--method", default="tmass")
+    first.add_argument("--recipe", choices=RECIPES)
     chosen, _ = first.parse_known_args(arguments)
-    default = preset(chosen.dataset, chosen.method)
+    default = preset(chosen.dataset, chosen.method, chosen.recipe)
     return tyro.cli(Config, default=default, args=arguments, description=__doc__)
 
 
@@ -201,7 +215,7 @@ def tiny_clip(config: Config) -> Path:
 
     "tiny" has no weights on the web, so it is pretrained as OpenAI's CLIP was: on still pictures with captions, then (mean-pooled, the
     method "clip") on whole clips. From then on it is used as "ViT-B/32" is."""
-    stage = ("pictures" if (config.dataset, config.method) == ("shapes", "clip") else "shapes", "clip")
+    stage = ("pictures" if (config.dataset, config.method, config.freeze) == ("shapes", "clip", "none") else "shapes", "clip")
     pretraining = replace(preset(*stage), data=config.data, device=config.device)
     out = run_folder(pretraining)
     if not finished(out):
@@ -290,7 +304,7 @@ def load_state(path: Path, config: Config, fingerprint: str) -> dict:
     state = load_file(path)
     if "optimizer" not in state or "config" not in state:
         raise ModelError(f"{path} is not a last.pt of train.py: nothing to resume from; name another --out.")
-    before = {**plain(preset(config.dataset, config.method)), **state["config"]}  # a flag that is newer than the run had its default
+    before = {**plain(preset(config.dataset, config.method, "paper")), **state["config"]}  # a flag that is newer than the run had its default
     changed = [f"{name} {before[name]} -> {value}" for name, value in plain(config).items() if name not in FREE and before[name] != value]
     if changed:
         raise ModelError(f"{path} was made with another config ({', '.join(changed)}): resume with the same flags, or name another --out.")
@@ -329,8 +343,9 @@ class State:
     def __init__(self, model: TMASS, config: Config, total: int):
         device = model.logit_scale.device
         clip_parameters = [p for p in model.clip.parameters() if p.requires_grad]
-        head_parameters = [*model.fusion.parameters(), *(model.radius.parameters() if model.radius else [])]
-        groups = [{"params": clip_parameters, "lr": config.clip_lr}, {"params": head_parameters, "lr": config.head_lr}]
+        radius_parameters = model.radius.parameters() if model.radius else ()
+        rates = (config.clip_lr, config.head_lr, config.head_lr if config.radius_lr is None else config.radius_lr)
+        groups = [{"params": [*own], "lr": lr} for own, lr in zip((clip_parameters, model.fusion.parameters(), radius_parameters), rates)]
         self.model, self.step, self.validated, self.best, self.val = model, 0, 0, -1.0, None  # val: metrics of the last validation
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, total, config.warmup))
@@ -403,11 +418,12 @@ def encode(
 
     With --micro-batch only the features are kept of each micro-batch; its activations are computed again when the gradient of the loss, which
     has seen the features of the whole batch, comes back to it. So gradients are those of one batch, and memory is that of a micro-batch
-    (gradient caching). With --freeze vision, images are the features already."""
+    (gradient caching). With --freeze vision, images are the features already, and with --freeze clip the tokens are t."""
 
     def part(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(tokens.device, config.amp):
-            return model.encode_text(tokens), images if config.freeze == "vision" else model.encode_frames(data.normalise(images))
+            text = tokens if config.freeze == "clip" else model.encode_text(tokens)
+            return text, model.encode_frames(data.normalise(images)) if config.freeze == "none" else images
 
     if config.micro_batch is None or config.micro_batch >= len(tokens):
         return part(images, tokens)
@@ -427,11 +443,20 @@ def head_loss(
         loss = symmetric_cross_entropy(cosine_scores(text, video), scale)  # L_ce
         return loss, {"L_ce": loss}
     radius = model.radius(text, frames)  # R = exp(S W + b)
-    mass = matched(radius)[:, None] if config.pairs == "matched" else radius  # (texts, 1 or videos, dim)
-    noise = draw_noise(mass, config.prior, config.prior_std)  # eps
-    t_s = stochastic_text(text, mass, noise)[0].squeeze(1)  # t_s = t + R eps
     t_sup = support_text(text, matched(video), matched(radius))
-    return tmass_loss(t_s, t_sup, video, scale, config.alpha)  # L_s + alpha L_sup
+    if config.pairs == "expected":
+        best = Expectation(config.M, config.prior, config.prior_std).of(text[:, None], radius, video)  # E max_m cos(t_s, v), as inference scores
+        parts = {"L_s": symmetric_cross_entropy(best, scale), "L_sup": symmetric_cross_entropy(cosine_scores(t_sup, video), scale)}
+        loss = parts["L_s"] + config.alpha * parts["L_sup"]
+    else:
+        mass = matched(radius)[:, None] if config.pairs == "matched" else radius  # (texts, 1 or videos, dim)
+        noise = draw_noise(mass, config.prior, config.prior_std)  # eps
+        t_s = stochastic_text(text, mass, noise)[0].squeeze(1)  # t_s = t + R eps
+        loss, parts = tmass_loss(t_s, t_sup, video, scale, config.alpha)  # L_s + alpha L_sup
+    if config.ce:
+        parts["L_ce"] = symmetric_cross_entropy(cosine_scores(text, video), scale)
+        loss = loss + config.ce * parts["L_ce"]
+    return loss, parts
 
 
 def train_step(state: State, images: Tensor, tokens: Int[Tensor, "n tokens"], config: Config, pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -558,7 +583,7 @@ LOG_EVERY = 10  # steps between rows of metrics.jsonl: only there does the CPU w
 def validate(model: TMASS, clips: list[Clip], cache: FrameCache, config: Config) -> dict[str, dict[str, float]]:
     """Metrics on the validation split, exactly as evaluate.py makes them; every process encodes and scores its share of the videos."""
     own = share(len(clips))
-    store = feature_cache(cache, model) if config.freeze == "vision" else None
+    store = feature_cache(cache, model) if config.freeze != "none" else None
     features = extract_features(model, clips[own], cache, config.batch, config.workers, config.amp, store, keep=store is not None)
     text, owner = gather(features.text), gather(features.owner + own.start)
     noise = noise_bank(config.M, text.shape[1], config.seed, config.prior, config.prior_std)
@@ -572,6 +597,8 @@ def check(config: Config, model: TMASS, batches: list[list[tuple[int, int]]], va
     if config.method == "clip" and batch_norm and (world > 1 or config.micro_batch):
         raise ModelError("--method clip trains the batch norm of this CLIP, whose statistics are the whole batch's: leave --micro-batch away, and "
                          "start one process.")  # fmt: skip
+    if config.method == config.freeze == "clip":
+        raise ModelError("--freeze clip leaves nothing of --method clip to learn: use --freeze vision or none.")
     if world > min(len(val_clips), *map(len, batches)):
         raise ModelError(f"{world} processes are more than the pairs of a batch or the validation clips: start fewer.")
 
@@ -590,14 +617,14 @@ def train(config: Config) -> Path:
     first one writes. Raises DataError and ModelError, each with a sentence for the user."""
     device, (rank, world) = choose_device(config.device), rank_and_world()
     check_numbers(config)
-    if config.freeze == "vision" and (config.augment or config.sampling == "random"):
-        raise ModelError("--freeze vision computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
+    if config.freeze != "none" and (config.augment or config.sampling == "random"):
+        raise ModelError(f"--freeze {config.freeze} computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
     with one_before_the_others():
         clips, val_clips = read_data(config)  # before weights are downloaded or made
         model = build(config).to(device)
         folder = data.cache_folder(config.dataset, config.data, config.videos)
         cache = FrameCache(folder, config.num_frames, model.resolution, data.CHOICES[config.sampling])
-        store = feature_cache(cache, model) if config.freeze == "vision" else None
+        store = feature_cache(cache, model) if config.freeze != "none" else None
         unreadable = cache.fill([clip for clip in [*clips, *val_clips] if not (store and store.load(clip) is not None)])
         clips, val_clips = without(clips, unreadable), without(val_clips, unreadable)
     dataset = ClipDataset(clips, cache, model.clip.context_length)
@@ -607,11 +634,14 @@ def train(config: Config) -> Path:
     if device.type == "cuda":
         model.clip.visual.to(memory_format=torch.channels_last)
     compile_encoders(model, config.compile)
-    if config.freeze == "vision":
-        model.clip.visual.requires_grad_(False)
+    if config.freeze != "none":
+        (model.clip if config.freeze == "clip" else model.clip.visual).requires_grad_(False)
+        model.logit_scale.requires_grad_(True)
         own = share(len(clips))
         features = extract_features(model, clips[own], cache, config.batch, config.workers, store=store, keep=True)
         dataset.features = gather(features.frames).cpu()
+        if config.freeze == "clip":  # in the place of tokens, their features
+            dataset.tokens = gather(features.text).cpu().split([len(clip.captions) for clip in clips])
 
     per_epoch = len(batches)
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)

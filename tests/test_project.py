@@ -8,10 +8,11 @@ from conftest import ROOT
 
 import data
 import evaluate
+import reproduce
 import search
 import train
 
-ORDER = ["shapes", "data", "model", "losses", "evaluate", "train", "search"]
+ORDER = ["shapes", "data", "model", "losses", "evaluate", "train", "reproduce", "search"]
 
 
 def test_conda_installs_what_pip_installs():
@@ -48,13 +49,20 @@ def test_everything_public_says_what_it_is(module):
 
 def test_flags_that_the_readme_names_exist(capsys):
     known = {"-k"}
-    programs = [(train, []), (evaluate, []), (data, ["check"]), (data, ["cache"]), *((search, [c]) for c in ("index", "query", "check", "serve"))]
+    programs = [
+        (train, []),
+        (evaluate, []),
+        (reproduce, []),
+        (data, ["check"]),
+        (data, ["cache"]),
+        *((search, [c]) for c in ("index", "query", "check", "serve")),
+    ]
     for program, command in programs:
         with pytest.raises(SystemExit) as ended:
             program.main([*command, "--help"])
         assert ended.value.code == 0
         known |= set(re.findall(r"--[a-z][a-z-]+|--M", capsys.readouterr().out))
-    commands = re.findall(r"python (?:train|evaluate|data|search)\.py[^`\n]*", (ROOT / "README.md").read_text())
+    commands = re.findall(r"python (?:train|evaluate|data|search|reproduce)\.py[^`\n]*", (ROOT / "README.md").read_text())
     assert len(commands) > 5
     named = {flag for command in commands for flag in re.findall(r"--[A-Za-z][A-Za-z-]*", command)}
     assert named <= known
