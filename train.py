@@ -77,7 +77,7 @@ class Config:
     method: Literal["clip", "xpool", "tmass"] = "tmass"
     """clip: mean-pooled frames; xpool: text-conditioned fusion psi; tmass: psi and the text mass"""
     recipe: Literal["paper", "best"] = "paper"
-    """how T-MASS trains, a preset of the flags below: paper, as the paper reads; best, what ranked best on the built-in clips (RESULTS.md)"""
+    """how T-MASS trains, a preset of the flags below: paper, as the paper reads; best, R trained for ranking, not shown to be better yet (RESULTS.md)"""
     arch: str = "ViT-B/32"
     """tiny, ViT-B/32, ViT-B/16, or a file of CLIP weights"""
     weights: Path | None = None
@@ -164,7 +164,7 @@ PRESETS: dict[str, dict] = {
     "lsmdc": dict(head_lr=1e-5, workers=8),
     **{name: dict(workers=8) for name in ("msrvtt", "msrvtt-7k", "msrvtt-full", "didemo", "charades", "vatex", "msvd")},
 }
-# What ranked best on the built-in clips' validation split (RESULTS.md).
+# "best" holds the place of the best recipe: R trained for ranking. Not shown to beat X-Pool yet (RESULTS.md).
 RECIPES: dict[str, dict] = {"paper": {}, "best": dict(pairs="expected", alpha=0.0, radius_lr=1e-2)}
 # Mean pooling on the built-in clips is the second half of the tiny CLIP's own pretraining: all of it learns.
 PRETRAINING = dict(freeze="none", batch=32, clip_lr=1e-3, epochs=1, max_steps=200)
