@@ -77,7 +77,7 @@ class Config:
     method: Literal["clip", "xpool", "tmass"] = "tmass"
     """clip: mean-pooled frames; xpool: text-conditioned fusion psi; tmass: psi and the text mass"""
     recipe: Literal["paper", "best"] = "paper"
-    """how T-MASS trains, a preset of the flags below: paper, as the paper reads; best, R trained for ranking, not shown to be better yet (RESULTS.md)"""
+    """how T-MASS trains, a preset of the flags below: paper, as the paper reads; best, R trained for ranking: not shown to win yet (RESULTS.md)"""
     arch: str = "ViT-B/32"
     """tiny, ViT-B/32, ViT-B/16, or a file of CLIP weights"""
     weights: Path | None = None
