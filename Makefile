@@ -1,10 +1,12 @@
 # make demo   trains and evaluates everything on the built-in clips (about 7 minutes on 2 cores)
 # make test   runs the tests, in two processes
 # make lint   checks style and format
+# make figures   runs the notebooks and keeps the key figure of each under assets/
+# make sample    makes assets/tiny.npz, the trained model that the notebooks use, from the T-MASS run of make demo
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint notebooks
+.PHONY: demo test lint figures sample
 
 demo: .venv/ready
 	$(BIN)/python train.py --method clip --out runs/shapes-tiny-clip --resume
@@ -18,6 +20,12 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+figures: .venv/ready
+	TMASS_FIGURES="$(CURDIR)/assets" $(BIN)/python -m jupyter execute notebooks/*.ipynb
+
+sample: .venv/ready
+	$(BIN)/python notebooks/sample.py runs/shapes-tiny-tmass
 
 .venv/ready: requirements.txt requirements-search.txt
 	$(PYTHON) -m venv .venv

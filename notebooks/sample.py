@@ -54,8 +54,8 @@ def clips(count: int = 100) -> list[shapes.ShapesClip]:
 
 def pictures(clip: shapes.ShapesClip, num_frames: int = 12) -> np.ndarray:
     """The frames that stand for a clip, drawn: uint8 (frames, height, width, 3)."""
-    drawn = [np.asarray(image) for image in shapes.draw_clip(clip)]
-    return np.stack([drawn[k] for k in data.segment_midpoints(len(drawn), num_frames)])
+    moments = [(scene, (k + 0.5) / length) for scene, length in zip(clip.scenes, clip.lengths) for k in range(length)]
+    return np.stack([np.asarray(shapes.draw_frame(*moments[k])) for k in data.segment_midpoints(len(moments), num_frames)])
 
 
 def images(model: TMASS, clips: Sequence[shapes.ShapesClip]) -> Tensor:
