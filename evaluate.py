@@ -659,8 +659,9 @@ class Opened:
 
 def open_run(config: EvaluationConfig, path: Path) -> Opened:
     """Opens a checkpoint and makes its features of the clips, once for all ways to score them. Raises DataError and ModelError."""
+    device = choose_device(config.device)
     model, trained, file = open_checkpoint(path)
-    model = model.to(choose_device(config.device))
+    model = model.to(device)
     dataset = config.dataset or trained.get("dataset")
     if dataset is None:
         raise ModelError(f"{file} does not say which data set it is for: name one by --dataset (csv: with --annotations and --videos).")

@@ -487,7 +487,7 @@ def test_numbers_out_of_range_give_one_sentence(config, mistake, says):
 
 
 def test_every_number_of_the_config_has_a_range():
-    numbers = {name for name, kind in Config.__annotations__.items() if kind in (int, float, int | None)}
+    numbers = {name for name, kind in Config.__annotations__.items() if kind in (int, float, int | None, float | None)}
     assert numbers == set(train.RANGES)
     for dataset in Config.__annotations__["dataset"].__args__:
         for method in ("clip", "xpool", "tmass"):
@@ -567,9 +567,9 @@ def test_no_validation_clips_is_said_before_training(config, clips_folder, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patch", [32, 16])
+@pytest.mark.parametrize("patch", [16])  # ViT-B/32 differs in the patch alone, and costs another 30 s
 def test_vit_b_at_full_size_takes_a_step_and_is_evaluated(clips_folder, tmp_path, patch):
-    """Random weights of ViT-B/32 and ViT-B/16 in OpenAI's archive format: the path that the real ones take."""
+    """Random weights of ViT-B/16 in OpenAI's archive format: the path that the real ones take."""
     from model import _import_clip
 
     clip = _import_clip().model.CLIP(512, 224, 12, 768, patch, 77, 49408, 512, 8, 12).float().eval()
