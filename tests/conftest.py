@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from model import TMASS, _import_clip
 
 ROOT = Path(__file__).parent.parent
 REALDATA = Path(os.environ.get("TMASS_REALDATA", ROOT.parent / "shared" / "realdata"))
+
+# A shell's background jobs ignore Ctrl-C, and so does all that they start: tests that press it need it heard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
