@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small_clip
+from conftest import ROOT, randn, small_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import train
 from data import DataError
 from evaluate import open_checkpoint
+from losses import cosine_scores, symmetric_cross_entropy
 from model import TMASS, ModelError, load_file, save_checkpoint
 from train import PRESETS, Config, State, learning_rate, parse, preset, read_log, train_mode, train_step
 
@@ -63,6 +64,7 @@ def test_learning_rate_rises_to_one_and_falls_to_zero():
 
 @pytest.mark.parametrize("options", [
     dict(), dict(pairs="every", prior="uniform"), dict(method="xpool", heads=2), dict(method="clip"), dict(freeze="vision", augment=False),
+    dict(freeze="clip", augment=False),
 ])  # fmt: skip
 def test_training_changes_what_should_learn_and_nothing_else(config, options):
     config = replace(config, max_steps=2, **options)
@@ -73,10 +75,39 @@ def test_training_changes_what_should_learn_and_nothing_else(config, options):
     moved = {name for name in end if not torch.equal(start[name], end[name])}
     vision, heads = {n for n in end if n.startswith("clip.visual.")}, {n for n in end if not n.startswith("clip.")}
     statistics = {n for n in end if "running_" in n or "num_batches" in n}
-    assert heads <= moved and "clip.token_embedding.weight" in moved
+    assert heads <= moved and "clip.logit_scale" in moved
+    assert ("clip.token_embedding.weight" in moved) == (config.freeze != "clip")
+    assert config.freeze != "clip" or moved == {*heads, "clip.logit_scale"}
     assert bool(moved & vision) == (config.freeze == "none")
     assert bool(moved & statistics) == (config.method == "clip")  # batch norm stands still but in CLIP's own pretraining
     assert {p.name for p in out.iterdir()} == {"last.pt", "best.pt", "metrics.jsonl", "loss.png", "data.json"}
+
+
+def test_a_frozen_clip_gives_the_features_of_the_whole_one(config, tmp_path, monkeypatch):
+    """The first step's t and f: kept (--freeze clip), kept in part (vision), and made anew (none, in eval mode as batch norm is)."""
+    seen, head_loss = {}, train.head_loss
+
+    def look(model, text, frames, c):
+        seen[c.freeze] = text, frames
+        return head_loss(model, text, frames, c)
+
+    monkeypatch.setattr(train, "head_loss", look)
+    for freeze in ("clip", "vision", "none"):
+        train.train(replace(config, freeze=freeze, augment=False, max_steps=1, out=tmp_path / freeze))
+    for freeze in ("clip", "vision"):
+        for kept, made in zip(seen[freeze], seen["none"], strict=True):
+            torch.testing.assert_close(kept, made, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(pairs="every"), dict(pairs="expected", alpha=0.0)])
+def test_the_loss_is_the_sum_of_its_parts_by_their_weights(config, options):
+    """L = L_s + alpha L_sup + ce L_ce, L_ce that of t itself."""
+    config = replace(config, ce=0.7, **options)
+    model = train.build(config)
+    text, frames = randn(5, 24), randn(5, 3, 24, seed=1)
+    loss, parts = train.head_loss(model.eval(), text, frames, config)
+    torch.testing.assert_close(loss, parts["L_s"] + config.alpha * parts["L_sup"] + 0.7 * parts["L_ce"])
+    torch.testing.assert_close(parts["L_ce"], symmetric_cross_entropy(cosine_scores(text, model.fusion(text, frames)), model.logit_scale.exp()))
 
 
 @pytest.mark.slow
