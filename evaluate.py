@@ -11,6 +11,7 @@ is known to `retrieval_metrics` alone. So no score can profit from the pairing (
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -548,6 +549,18 @@ class EvaluationConfig:
     """autocast of CLIP; auto: bf16 on CUDA, off on the CPU; scores are float32"""
 
 
+# The smallest and largest values of numbers; others have none.
+RANGES: dict[str, tuple[int | float, float]] = {**dict.fromkeys(("M", "prior_std", "seed", "workers"), (0, math.inf)), "batch": (1, math.inf)}
+
+
+def check_numbers(config, ranges: dict[str, tuple[int | float, float]]) -> None:
+    """Raises ModelError for a number of a config that is out of its range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ModelError(f"--{name.replace('_', '-')} {value}: give a number from {low:g} {f'to {high:g}' if high < math.inf else 'on'}.")
+
+
 def choose_device(name: str) -> torch.device:
     """auto: CUDA where there is one, else the CPU. Raises ModelError for a device that is not there or not known."""
     if name == "auto":
@@ -706,7 +719,7 @@ def draws(config: EvaluationConfig, opened: Opened) -> int:
 
 def evaluate(config: EvaluationConfig, path: Path) -> dict:
     """Evaluates one checkpoint; writes results.json, ranks.png and retrieved.png (with -LEAKS in their names under
-    --protocol released); returns what results.json holds.
+    --protocol released); returns what results.json holds, and "failure": a sentence where they could not be written.
 
     Under torchrun each process encodes and scores its share of the videos; the first one writes."""
     started = time.time()
@@ -750,15 +763,18 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
     }
     out = config.out / file.parent.name if config.out else file.parent
     mark = "-LEAKS" if config.protocol == "released" else ""  # honest results are not overwritten by others
+    failure = ""
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"results{mark}.json").write_text(json.dumps(result, indent=2) + "\n")
-        rank_histogram(out / f"ranks{mark}.png", text_to_video_ranks(matrix, owner), len(clips))
         try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"results{mark}.json").write_text(json.dumps(result, indent=2) + "\n")
+            rank_histogram(out / f"ranks{mark}.png", text_to_video_ranks(matrix, owner), len(clips))
             contact_sheet(out / f"retrieved{mark}.png", matrix.cpu(), owner.cpu(), clips, opened.cache)
         except DataError as error:  # kept features may have outlived videos and frames
             print(f"no retrieved.png: {error}", file=sys.stderr)
-    return {**result, "written": f"{out}/results{mark}.json, ranks{mark}.png, retrieved{mark}.png"}
+        except OSError as error:
+            failure = f"{out} could not be written ({error.strerror}): make room there, or name another folder by --out."
+    return {**result, "written": f"{out}/results{mark}.json, ranks{mark}.png, retrieved{mark}.png", "failure": failure}
 
 
 METHODS = {"clip": "mean pooling", "xpool": "X-Pool", "tmass": "T-MASS"}
@@ -770,6 +786,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     config = tyro.cli(EvaluationConfig, args=arguments, description=__doc__)
     try:
+        check_numbers(config, RANGES)
         join_processes(config.device)
         results = [evaluate(config, path) for path in config.checkpoint or (latest_run(),)]
     except (DataError, ModelError) as error:
@@ -784,9 +801,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chance = f"chance: R@10 {min(100, 1000 / r['videos']):.1f}, MdR {(r['videos'] + 1) / 2:g}"
         print(f"{r['dataset']}, {r['split']} split: {r['texts']} captions x {r['videos']} videos, {how}; {chance}\n")
         print(table(rows))
-        print("\n" + "\n".join(f"written: {result['written']}" for result in results))
+        print("\n" + "\n".join(f"written: {result['written']}" for result in results if not result["failure"]))
     if dist.is_initialized():
         dist.destroy_process_group()
+    if failures := [result["failure"] for result in results if result["failure"]]:
+        sys.exit(f"error: {failures[0]}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from data import Clip, ClipDataset, DataError, FrameCache
 from evaluate import (
     Expectation,
     autocast,
+    check_numbers,
     choose_device,
     extract_features,
     feature_cache,
@@ -147,7 +148,7 @@ class Config:
 
 
 # The smallest and largest values of numbers; others have none.
-RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[int | float, float]] = {
     **dict.fromkeys(("num_frames", "heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
     **dict.fromkeys(("prior_std", "alpha", "ce", "M", "clip_lr", "head_lr", "radius_lr", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("seed", "workers", "save_every"), (0, math.inf)),
@@ -188,14 +189,6 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     chosen, _ = first.parse_known_args(arguments)
     default = preset(chosen.dataset, chosen.method, chosen.recipe)
     return tyro.cli(Config, default=default, args=arguments, description=__doc__)
-
-
-def check_numbers(config: Config) -> None:
-    """Raises ModelError for a number that is out of its range."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise ModelError(f"--{name.replace('_', '-')} {value}: give a number from {low:g} {f'to {high:g}' if high < math.inf else 'on'}.")
 
 
 # -------------------------------------------------------------------------------------------------------------- what a run starts from
@@ -616,7 +609,7 @@ def train(config: Config) -> Path:
     Ctrl-C or SIGTERM ends the step (with several processes: at most ten), saves, and stops. Under torchrun every process calls this, and the
     first one writes. Raises DataError and ModelError, each with a sentence for the user."""
     device, (rank, world) = choose_device(config.device), rank_and_world()
-    check_numbers(config)
+    check_numbers(config, RANGES)
     if config.freeze != "none" and (config.augment or config.sampling == "random"):
         raise ModelError(f"--freeze {config.freeze} computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
     with one_before_the_others():

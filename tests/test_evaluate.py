@@ -290,6 +290,22 @@ def test_the_latest_run_is_evaluated_and_reported_alike_each_time(run, capsys, t
     assert run()["metrics"] == result["metrics"]
 
 
+def test_a_folder_that_cannot_be_written_is_said_and_the_metrics_are_printed(run, capsys, tmp_path):
+    (tmp_path / "full").write_text("a file")
+    with pytest.raises(
+        SystemExit, match=r"^error: full/one could not be written \(Not a directory\): make room there, or name another folder by --out.$"
+    ):
+        run("--out", "full")
+    printed = capsys.readouterr().out
+    assert "| T-MASS, M = 3 |" in printed and "written:" not in printed
+
+
+@pytest.mark.parametrize("flag, value", [("--M", "-1"), ("--batch", "0"), ("--prior-std", "nan")])
+def test_numbers_out_of_range_give_one_sentence(run, flag, value):
+    with pytest.raises(SystemExit, match=f"^error: {flag} {value}: give a number from [01] on.$"):
+        run(flag, value)
+
+
 def test_missing_videos_are_refused_and_a_smaller_gallery_is_named_beside_every_metric(run, clips_folder, tmp_path, capsys):
     shutil.copytree(clips_folder / "clips", tmp_path / "videos")
     (tmp_path / "videos" / "clip00021.mp4").unlink()

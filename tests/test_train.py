@@ -517,12 +517,17 @@ def test_numbers_out_of_range_give_one_sentence(config, mistake, says):
         train.train(replace(config, **mistake))
 
 
-def test_every_number_of_the_config_has_a_range():
-    numbers = {name for name, kind in Config.__annotations__.items() if kind in (int, float, int | None, float | None)}
-    assert numbers == set(train.RANGES)
+@pytest.mark.parametrize("config_class, ranges", [(Config, train.RANGES), (evaluate.EvaluationConfig, evaluate.RANGES)])
+def test_every_number_of_a_config_has_a_range(config_class, ranges):
+    numbers = {name for name, kind in config_class.__annotations__.items() if kind in (int, float, int | None, float | None)}
+    assert numbers == set(ranges)
+    evaluate.check_numbers(config_class(), ranges)
+
+
+def test_presets_are_within_their_ranges():
     for dataset in Config.__annotations__["dataset"].__args__:
         for method in ("clip", "xpool", "tmass"):
-            train.check_numbers(preset(dataset, method))
+            evaluate.check_numbers(preset(dataset, method), train.RANGES)
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_training(config, weights):
