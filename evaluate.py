@@ -196,7 +196,7 @@ def scores_literal(
     video = model.fusion(text, frames)  # (texts, videos, dim)
     if model.radius is None or len(noise) == 0:
         return cosine_scores(text, video)
-    t_s = stochastic_text(text, model.radius(text, frames), noise)  # (M, texts, videos, dim)
+    t_s = stochastic_text(text, model.radius(text, frames, video), noise)  # (M, texts, videos, dim)
     return torch.stack([cosine_scores(draw, video) for draw in t_s]).amax(dim=0)
 
 
@@ -365,9 +365,10 @@ def _score_block(
     M = len(noise) if isinstance(noise, Tensor) else noise.M
     if model.radius is None or M == 0:
         return (dot / length / square.clamp_min(1e-24).sqrt()).T
-    radius = model.radius.from_similarities(_products(fused.unit, queries.unit[texts]).mT)  # (videos, texts, dim)
     if fused.video is None:
-        video = torch.bmm(A.mT, fused.atoms, out=room[0, : radius.shape[0] * radius.shape[1]].view_as(radius))
+        shape = (*dot.shape, text.shape[1])
+        video = torch.bmm(A.mT, fused.atoms, out=room[0, : dot.numel()].view(shape))  # (videos, texts, dim)
+    radius = model.radius.from_similarities(_products(fused.unit, queries.unit[texts]).mT, text, video)
     if isinstance(noise, Expectation):
         return noise.of(text, radius, video).T
     if isinstance(noise, PairNoise):

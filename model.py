@@ -200,6 +200,8 @@ class Radius(nn.Module):
         kind "fixed"     R = exp(mean_i S_i)                no parameter
         kind "scalar"    R = exp(theta mean_i S_i)          one learned number
         kind "linear"    R = exp(S W + b)                   W (frames, dim) learned; the paper's choice
+        kind "joint"     R = exp(S W + b + W_o gelu(W_t t' + W_v v'))         not in the paper: R knows text and video, not only their
+                         cosines; t' and v' are t and v = psi(t, f) at length sqrt(dim); W_o starts near 0, so that it starts as "linear"
 
     The paper writes exp(S W); the bias b is the released code's. It starts at log(initial), so that `initial` is about the radius
     that training starts from (1 in the paper); W starts as torch's Linear does. Adds a channel axis of size dim for "fixed" and
@@ -207,22 +209,39 @@ class Radius(nn.Module):
 
     def __init__(self, kind: str, frames: int, dim: int, initial: float = 1.0):
         super().__init__()
-        if kind not in ("fixed", "scalar", "linear"):
-            raise ModelError(f"unknown radius {kind!r}: choose fixed, scalar or linear.")
+        if kind not in ("fixed", "scalar", "linear", "joint"):
+            raise ModelError(f"unknown radius {kind!r}: choose fixed, scalar, linear or joint.")
         self.kind, self.frames, self.dim = kind, frames, dim
         if kind == "scalar":
             self.theta = nn.Parameter(torch.ones(()))
-        if kind == "linear":
+        if kind in ("linear", "joint"):
             self.linear = nn.Linear(frames, dim)
             nn.init.constant_(self.linear.bias, math.log(initial))
+        if kind == "joint":
+            self.text, self.video, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+            nn.init.normal_(self.out.weight, std=1e-3)
 
-    def forward(self, text: Float[Tensor, "texts dim"], frames: Float[Tensor, "videos frames dim"]) -> Float[Tensor, "texts videos dim"]:
-        return self.from_similarities(cosine_similarities(text, frames))
+    def forward(
+        self,
+        text: Float[Tensor, "texts dim"],
+        frames: Float[Tensor, "videos frames dim"],
+        video: Float[Tensor, "texts videos dim"] | None = None,
+    ) -> Float[Tensor, "texts videos dim"]:
+        """R of every pair; `video`, v = psi(t, f), is read by "joint" alone."""
+        return self.from_similarities(cosine_similarities(text, frames), text[:, None], video)
 
-    def from_similarities(self, sims: Float[Tensor, "*pairs frames"]) -> Float[Tensor, "*pairs dim"]:
-        """R of similarities S that are at hand already."""
-        if self.kind == "linear":
-            return self.linear(sims).exp_()  # in place: the exponent itself is not needed again
+    def from_similarities(
+        self, sims: Float[Tensor, "*pairs frames"], text: Tensor | None = None, video: Tensor | None = None
+    ) -> Float[Tensor, "*pairs dim"]:
+        """R of similarities S that are at hand already; "joint" reads t and v of these pairs too, (*pairs, dim) or what broadcasts to it."""
+        if self.kind in ("linear", "joint"):
+            exponent = self.linear(sims)
+            if self.kind == "joint":
+                if text is None or video is None:
+                    raise ModelError('the radius "joint" needs t and v beside S: radius(text, frames, video).')
+                t, v = (F.normalize(x, dim=-1) * self.dim**0.5 for x in (text, video))
+                exponent = exponent + self.out(F.gelu(self.text(t) + self.video(v)))
+            return exponent.exp_()  # in place: the exponent itself is not needed again
         mean = sims.mean(dim=-1, keepdim=True)
         theta = self.theta if self.kind == "scalar" else 1.0
         return (theta * mean).exp().expand(*sims.shape[:-1], self.dim)

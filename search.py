@@ -355,7 +355,7 @@ class Searcher:
         found = frames[best].to(self.device)
         psi, radius = self.model.fusion, self.model.radius
         attention = psi.attention(text, found)[0].mean(dim=1) if isinstance(psi, XPool) else torch.full(found.shape[:2], 1 / found.shape[1])
-        radii = [None] * len(best) if radius is None else radius(text, found)[0].mean(dim=-1).tolist()
+        radii = [None] * len(best) if radius is None else radius(text, found, psi(text, found))[0].mean(dim=-1).tolist()
         names = self.library.names([rows[n]["id"] for n in best])
         return [
             Hit(rank, score[n], rows[n]["id"], name, rows[n]["start"], rows[n]["end"], a, r)

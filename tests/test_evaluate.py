@@ -46,7 +46,7 @@ model = random_model(frames=FRAMES)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([("clip", "linear"), ("xpool", "linear"), ("tmass", "fixed"), ("tmass", "scalar"), ("tmass", "linear")]),
+    st.sampled_from([("clip", "linear"), ("xpool", "linear"), ("tmass", "fixed"), ("tmass", "scalar"), ("tmass", "linear"), ("tmass", "joint")]),
     st.sampled_from([1, 2, 3]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 4), st.sampled_from([1, 7, None]),
     st.sampled_from([torch.float32, torch.float64]),
 )  # fmt: skip

@@ -105,6 +105,26 @@ def test_radius_equals_its_equation_pair_by_pair(kind):
             assert torch.allclose(R(text, frames)[i, j], exponent.exp().expand(DIM), atol=1e-5)
 
 
+def test_joint_radius_equals_its_equation_pair_by_pair():
+    R, v = random_(Radius("joint", FRAMES, DIM, initial=0.3)), randn(TEXTS, VIDEOS, DIM, seed=5)
+    for i in range(TEXTS):
+        for j in range(VIDEOS):
+            S = torch.stack([cosine_similarity(text[i], frames[j, k], dim=0) for k in range(FRAMES)])
+            t_, v_ = (x / x.norm() * DIM**0.5 for x in (text[i], v[i, j]))
+            hidden = torch.nn.functional.gelu(R.text.weight @ t_ + R.text.bias + R.video.weight @ v_)
+            exponent = R.linear.weight @ S + R.linear.bias + R.out.weight @ hidden
+            assert torch.allclose(R(text, frames, v)[i, j], exponent.exp(), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ModelError, match="needs t and v beside S"):
+        R(text, frames)
+
+
+def test_joint_radius_starts_as_the_linear_one():
+    torch.manual_seed(0)
+    joint = Radius("joint", FRAMES, DIM)
+    linear = joint.linear(cosine_similarities(text, frames)).exp()
+    assert (joint(text, frames, randn(TEXTS, VIDEOS, DIM, seed=5)) / linear - 1).abs().max() < 0.05
+
+
 def test_radius_starts_at_its_initial_value_for_orthogonal_frames():
     assert torch.allclose(Radius("linear", FRAMES, DIM, initial=0.1)(text, torch.zeros_like(frames)), torch.tensor(0.1))
 

@@ -23,7 +23,7 @@ from data import DataError
 from evaluate import open_checkpoint
 from losses import cosine_scores, symmetric_cross_entropy
 from model import TMASS, ModelError, load_file, save_checkpoint
-from train import PRESETS, Config, State, learning_rate, parse, preset, read_log, train_mode, train_step
+from train import PRESETS, RECIPES, Config, State, learning_rate, parse, preset, read_log, train_mode, train_step
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_learning_rate_rises_to_one_and_falls_to_zero():
 
 @pytest.mark.parametrize("options", [
     dict(), dict(pairs="every", prior="uniform"), dict(method="xpool", heads=2), dict(method="clip"), dict(freeze="vision", augment=False),
-    dict(freeze="clip", augment=False),
+    dict(freeze="clip", augment=False), RECIPES["best"],
 ])  # fmt: skip
 def test_training_changes_what_should_learn_and_nothing_else(config, options):
     config = replace(config, max_steps=2, **options)
@@ -99,10 +99,10 @@ def test_a_frozen_clip_gives_the_features_of_the_whole_one(config, tmp_path, mon
             torch.testing.assert_close(kept, made, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(pairs="every"), dict(pairs="expected", alpha=0.0)])
+@pytest.mark.parametrize("options", [dict(), dict(pairs="every"), RECIPES["best"]])
 def test_the_loss_is_the_sum_of_its_parts_by_their_weights(config, options):
     """L = L_s + alpha L_sup + ce L_ce, L_ce that of t itself."""
-    config = replace(config, ce=0.7, **options)
+    config = replace(config, **{**options, "ce": 0.7})
     model = train.build(config)
     text, frames = randn(5, 24), randn(5, 3, 24, seed=1)
     loss, parts = train.head_loss(model.eval(), text, frames, config)
