@@ -106,7 +106,8 @@ TABLES: dict[str, Table] = {
     ), note="t alone is X-Pool."),
     "parts": Table("what the best recipe is made of", (
         Row("X-Pool", XPOOL), Row("best recipe", BEST, "expected"),
-        Row("R = exp(S W + b), its rate 1e-2", {**BEST, "radius": "linear", "radius_lr": 1e-2}, "expected"), Row("without L_ce", {**BEST, "ce": 0.0}, "expected"), Row("M = 1: no choice among draws", {**BEST, "M": 1}, "expected, M=1"),
+        Row("R = exp(S W + b), its rate 1e-2", {**BEST, "radius": "linear", "radius_lr": 1e-2}, "expected"),
+        Row("without L_ce", {**BEST, "ce": 0.0}, "expected"), Row("M = 1: no choice among draws", {**BEST, "M": 1}, "expected, M=1"),
         Row("its R, with the paper's training", {**PAPER, "radius": "joint"}),
     ), note="One thing changed a row. With M = 1 the score is the mean over the mass: no draw is chosen, in training and test."),
     "M": Table("texts drawn for each pair at test time, the paper's recipe", tuple(
