@@ -1,8 +1,8 @@
-# make demo   trains and evaluates everything on the built-in clips (about 7 minutes on 2 cores)
+# make demo   trains and evaluates everything on the built-in clips (about 10 minutes on 2 cores)
 # make test   runs the tests, in two processes
 # make lint   checks style and format
 # make figures   runs the notebooks and keeps the key figure of each under assets/
-# make sample    makes assets/tiny.npz, the trained model that the notebooks use, from the T-MASS run of make demo
+# make sample    makes assets/tiny.npz, the trained model that the notebooks use, from the paper's T-MASS of make demo
 PYTHON ?= python3.11
 BIN := .venv/bin
 
@@ -11,8 +11,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python train.py --method clip --out runs/shapes-tiny-clip --resume
 	$(BIN)/python train.py --method xpool --out runs/shapes-tiny-xpool --resume
-	$(BIN)/python train.py --method tmass --out runs/shapes-tiny-tmass --resume
-	$(BIN)/python evaluate.py --M 20 --checkpoint runs/shapes-tiny-clip runs/shapes-tiny-xpool runs/shapes-tiny-tmass
+	$(BIN)/python train.py --recipe paper --out runs/shapes-tiny-tmass-paper --resume
+	$(BIN)/python train.py --recipe best --out runs/shapes-tiny-tmass --resume
+	$(BIN)/python evaluate.py --M 20 --checkpoint $(addprefix runs/shapes-tiny-,clip xpool tmass-paper tmass)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -25,7 +26,7 @@ figures: .venv/ready
 	TMASS_FIGURES="$(CURDIR)/assets" $(BIN)/python -m jupyter execute notebooks/*.ipynb
 
 sample: .venv/ready
-	$(BIN)/python notebooks/sample.py runs/shapes-tiny-tmass
+	$(BIN)/python notebooks/sample.py runs/shapes-tiny-tmass-paper
 
 .venv/ready: requirements.txt requirements-search.txt
 	$(PYTHON) -m venv .venv

@@ -737,7 +737,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         both = dual_softmax(matrix, scale), dual_softmax(matrix.T, scale).T
         metrics = {name: retrieval_metrics(m, owner)[name] for name, m in zip(("t2v", "v2t"), both)}
     seconds = {"features": round(seconds_features, 2), "scores": round(time.time() - started, 2)}
-    about = f", M = {M}" if M else ""
+    about = ", best recipe" * (trained.get("recipe") == "best" and model.radius is not None) + (f", M = {M}" if M else "")
     if M and (config.prior or config.prior_std is not None or trained.get("released")):
         about += ", U(0, 1)" if prior["prior"] == "uniform" else f", N(0, {prior['std']:g}^2)"
     about += ", expected" if M and config.score == "expected" else ", independent noise" if M and config.noise == "independent" else ""

@@ -33,10 +33,10 @@ DIM, FRAMES, M = 512, 12, 20
 class Heads(torch.nn.Module):
     """psi and R with random weights: all that scoring needs of a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, radius: str = "linear") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.fusion, self.radius = XPool(DIM), Radius("linear", FRAMES, DIM)
+        self.fusion, self.radius = XPool(DIM), Radius(radius, FRAMES, DIM)
         for parameter in self.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
         self.eval().requires_grad_(False)
@@ -81,6 +81,7 @@ def floor(model, text, frames, noise) -> torch.Tensor:
 
 FORMS = {
     "fast": scores,
+    "fast, R of t and v": scores,  # the radius "joint" of the best recipe
     "bare products": floor,
     "literal, blocked": literal_blocked,
     "literal, blocked, own draws": literal_drawn,
@@ -95,7 +96,7 @@ def peak() -> float:
 
 def case(form: str, texts: int, videos: int, device: str, dtype: str, result) -> None:
     """Runs one case in this process and sends {seconds, pairs/s, GiB} back."""
-    model, generator = Heads().to(device, getattr(torch, dtype)), torch.Generator().manual_seed(0)
+    model, generator = Heads("joint" if form == "fast, R of t and v" else "linear").to(device, getattr(torch, dtype)), torch.Generator().manual_seed(0)
     text = (0.45 * torch.randn(texts, DIM, generator=generator)).to(device, getattr(torch, dtype))
     frames = (0.45 * torch.randn(videos, FRAMES, DIM, generator=generator)).to(device, getattr(torch, dtype))
     noise = noise_bank(M, DIM, 0).to(device, getattr(torch, dtype))

@@ -1,6 +1,6 @@
 """A trained T-MASS small enough to ship (assets/tiny.npz, under 2 MB), and the built-in clips to try it on: no run, no download needed.
 
-    python notebooks/sample.py runs/shapes-tiny-tmass      # make sample: how assets/tiny.npz is made from a run of `make demo`
+    python notebooks/sample.py runs/shapes-tiny-tmass-paper      # make sample: how assets/tiny.npz is made from a run of `make demo`
 
 The file holds the whole model: matrices in 8 bits with one scale a row, vectors in float16, and of the 49,408 word embeddings only those that
 the captions of the built-in clips use (the others are zero here: this model knows no other words). Pictures and captions are not stored:
@@ -109,5 +109,5 @@ def pack(run: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} RUN (a folder of train.py, such as runs/shapes-tiny-tmass)")
+        sys.exit(f"usage: python {sys.argv[0]} RUN (a folder of train.py, such as runs/shapes-tiny-tmass-paper)")
     pack(Path(sys.argv[1]))

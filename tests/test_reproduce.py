@@ -112,6 +112,11 @@ def test_recipe_is_a_preset_of_tmass_alone_and_its_paper_form_is_the_papers():
     assert preset("csv", "tmass", "best") == replace(Config(), dataset="csv", recipe="best", **reproduce.RECIPES["best"])
 
 
+def test_the_best_recipe_is_the_default_of_the_built_in_clips_alone():
+    assert preset("shapes", "tmass") == preset("shapes", "tmass", "best") != preset("shapes", "tmass", "paper")
+    assert preset("msrvtt", "tmass") == preset("msrvtt", "tmass", "paper") and preset("shapes", "xpool").recipe == "paper"
+
+
 def numbers(config: ReproduceConfig) -> dict:
     """Everything that cells have been scored with: {cell and way to score it: metrics}."""
     root = reproduce.root(config)
