@@ -96,7 +96,8 @@ def peak() -> float:
 
 def case(form: str, texts: int, videos: int, device: str, dtype: str, result) -> None:
     """Runs one case in this process and sends {seconds, pairs/s, GiB} back."""
-    model, generator = Heads("joint" if form == "fast, R of t and v" else "linear").to(device, getattr(torch, dtype)), torch.Generator().manual_seed(0)
+    model = Heads("joint" if form == "fast, R of t and v" else "linear").to(device, getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(0)
     text = (0.45 * torch.randn(texts, DIM, generator=generator)).to(device, getattr(torch, dtype))
     frames = (0.45 * torch.randn(videos, FRAMES, DIM, generator=generator)).to(device, getattr(torch, dtype))
     noise = noise_bank(M, DIM, 0).to(device, getattr(torch, dtype))
