@@ -805,8 +805,28 @@ class ClipDataset(torch.utils.data.Dataset):
 def batches(
     dataset: ClipDataset, indices: list[list[tuple[int, int]]] | list[list[int]], workers: int = 0, pin_memory: bool = False
 ) -> Iterator[tuple[UInt8[Tensor, "videos frames 3 size size"], Int[Tensor, "texts tokens"]]]:
-    """Loads the given batches in their order, ahead of use in `workers` processes."""
-    yield from torch.utils.data.DataLoader(dataset, batch_sampler=indices, num_workers=workers, pin_memory=pin_memory)
+    """Loads the given batches in their order, ahead of use in `workers` processes. Raises DataError."""
+    for batch in torch.utils.data.DataLoader(_Batches(dataset, indices), batch_size=None, num_workers=workers, pin_memory=pin_memory):
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Batches(torch.utils.data.Dataset):
+    """Whole batches as items; a DataError is one too, since torch would add a worker's traceback to the sentence of one that is raised."""
+
+    dataset: ClipDataset
+    indices: list
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int):
+        try:
+            return torch.utils.data.default_collate([self.dataset[index] for index in self.indices[number]])
+        except DataError as error:
+            return error
 
 
 # -------------------------------------------------------------------------------------------------------------------- command line

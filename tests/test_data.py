@@ -23,6 +23,7 @@ from PIL import Image
 import data
 from data import (
     ClipDataset,
+    DataError,
     FeatureCache,
     FrameCache,
     augment,
@@ -361,6 +362,15 @@ def test_batches_do_not_depend_on_the_number_of_workers(clips, tmp_path, augment
     for one, two in zip(data.batches(dataset, order, 0), data.batches(dataset, order, 2), strict=True):
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
         assert one[0].shape == (8, 3, 3, 32, 32) and one[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_the_one_sentence_that_it_is_elsewhere(clips, tmp_path, workers):
+    gone = replace(clips[1], id="gone", path=tmp_path / "gone.mp4")
+    loader = data.batches(ClipDataset([clips[0], gone], FrameCache(tmp_path, 3, 32), 20), [[0], [0, 1]], workers)
+    assert next(loader)[0].shape[0] == 1
+    with pytest.raises(DataError, match=r"^[^\n]*gone\.mp4 not found[^\n]*$"):
+        next(loader)
 
 
 def test_items_hold_the_frames_and_the_caption_asked_for(clips, tmp_path):
