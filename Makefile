@@ -12,8 +12,8 @@ demo: .venv/ready
 	$(BIN)/python train.py --method clip --out runs/shapes-tiny-clip --resume
 	$(BIN)/python train.py --method xpool --out runs/shapes-tiny-xpool --resume
 	$(BIN)/python train.py --recipe paper --out runs/shapes-tiny-tmass-paper --resume
-	$(BIN)/python train.py --recipe best --out runs/shapes-tiny-tmass --resume
-	$(BIN)/python evaluate.py --M 20 --checkpoint $(addprefix runs/shapes-tiny-,clip xpool tmass-paper tmass)
+	$(BIN)/python train.py --recipe best --out runs/shapes-tiny-tmass-best --resume
+	$(BIN)/python evaluate.py --M 20 --checkpoint $(addprefix runs/shapes-tiny-,clip xpool tmass-paper tmass-best)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

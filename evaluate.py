@@ -219,7 +219,7 @@ def scores(
         x   = sum_k (a_k / sigma) z_k + c                        z_k = (I + P) gamma2 y_k,  c = (I + P) beta2 + p,  centred: LN3
         v   = gamma3 x / delta + beta3 = sum_k A_k atom_k        delta^2 = |x|^2 / dim + eps, again from Gram matrices
     so v is one product of T' + 2 coefficients a pair with T' + 2 atoms a video, and no dim x dim product is left in the loop over
-    pairs; v . t and |v| come from the atoms as well. Several heads are more k.
+    pairs (but for two of the radius "joint"); v . t and |v| come from the atoms as well. Several heads are more k.
     t_s: with E the noise bank (M, dim), M draws of a pair cost three products and no (M, texts, videos, dim) tensor:
         t_s . v = t . v + (R v) E',         |t_s|^2 = |t|^2 + 2 (R t) E' + (R R) (E E)'
 
@@ -247,7 +247,8 @@ def scores(
 
 
 def default_block(dim: int, device: torch.device) -> int:
-    """Pairs a block: its three tensors (pairs, dim) fill half of the CPU's last cache, or a sixteenth of the GPU's free memory.
+    """Pairs a block: its three tensors (pairs, dim) fill half of the CPU's last cache, or a sixteenth of the GPU's free memory (the radius
+    "joint" has some more).
 
     On the CPU between 2 and 8 MiB: measured best; larger blocks are new pages for every tensor, and slower by half."""
     if device.type == "cuda":
@@ -737,7 +738,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         both = dual_softmax(matrix, scale), dual_softmax(matrix.T, scale).T
         metrics = {name: retrieval_metrics(m, owner)[name] for name, m in zip(("t2v", "v2t"), both)}
     seconds = {"features": round(seconds_features, 2), "scores": round(time.time() - started, 2)}
-    about = ", best recipe" * (trained.get("recipe") == "best" and model.radius is not None) + (f", M = {M}" if M else "")
+    about = ", R of t and v" * (model.arguments["radius"] == "joint" and model.radius is not None) + (f", M = {M}" if M else "")
     if M and (config.prior or config.prior_std is not None or trained.get("released")):
         about += ", U(0, 1)" if prior["prior"] == "uniform" else f", N(0, {prior['std']:g}^2)"
     about += ", expected" if M and config.score == "expected" else ", independent noise" if M and config.noise == "independent" else ""
@@ -774,7 +775,7 @@ def evaluate(config: EvaluationConfig, path: Path) -> dict:
         except DataError as error:  # kept features may have outlived videos and frames
             print(f"no retrieved.png: {error}", file=sys.stderr)
         except OSError as error:
-            failure = f"{out} could not be written ({error.strerror}): make room there, or name another folder by --out."
+            failure = f"{out} could not be written ({error.strerror or error}): make room there, or name another folder by --out."
     return {**result, "written": f"{out}/results{mark}.json, ranks{mark}.png, retrieved{mark}.png", "failure": failure}
 
 

@@ -110,7 +110,7 @@ class Config:
     ce: float = 0.0
     """weight of L_ce, the loss of t itself, beside L_s (the paper's ablation keeps it in one row)"""
     M: int = 20
-    """texts drawn for each pair in validation"""
+    """texts drawn for each pair in validation, and with --pairs expected the M of its expected best"""
 
     epochs: int = 5
     """an epoch shows every caption once"""
@@ -303,6 +303,8 @@ def load_state(path: Path, config: Config, fingerprint: str) -> dict:
     before = {**plain(preset(config.dataset, config.method, "paper")), **state["config"]}  # a flag that is newer than the run had its default
     changed = [f"{name} {before[name]} -> {value}" for name, value in plain(config).items() if name not in FREE and before[name] != value]
     if changed:
+        if before["recipe"] != config.recipe:
+            changed = [f"--recipe {before['recipe']}, not {config.recipe}"]
         raise ModelError(f"{path} was made with another config ({', '.join(changed)}): resume with the same flags, or name another --out.")
     if state["data"] != fingerprint:
         raise ModelError(f"{path} was trained on other clips or captions than these: resume with the same data, or name another --out.")
@@ -438,7 +440,7 @@ def head_loss(
     if config.method != "tmass":
         loss = symmetric_cross_entropy(cosine_scores(text, video), scale)  # L_ce
         return loss, {"L_ce": loss}
-    radius = model.radius(text, frames, video)  # R = exp(S W + b)
+    radius = model.radius(text, frames, video)  # R, exp(S W + b) in the paper
     t_sup = support_text(text, matched(video), matched(radius))
     if config.pairs == "expected":
         best = Expectation(config.M, config.prior, config.prior_std).of(text[:, None], radius, video)  # E max_m cos(t_s, v), as inference scores
@@ -615,6 +617,8 @@ def train(config: Config) -> Path:
     check_numbers(config, RANGES)
     if config.freeze != "none" and (config.augment or config.sampling == "random"):
         raise ModelError(f"--freeze {config.freeze} computes the features of each clip once: add --no-augment, and leave --sampling uniform.")
+    if config.method == "tmass" and config.pairs == "expected" and config.M < 1:
+        raise ModelError("--M 0 leaves --pairs expected no draw to expect anything of: give 1 or more, or --pairs matched.")
     with one_before_the_others():
         clips, val_clips = read_data(config)  # before weights are downloaded or made
         model = build(config).to(device)
@@ -780,7 +784,8 @@ def plot_losses(out: Path) -> None:
     validations = [row for row in rows if "val" in row]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in [name for name in ("loss", "L_s", "L_sup") if steps and name in steps[0]]:
+    parts = ("L_s", "L_sup", "L_ce") if steps and "L_s" in steps[0] else ()  # of X-Pool, L_ce is the loss
+    for name in [name for name in ("loss", *parts) if steps and name in steps[0]]:
         left.plot([row["step"] for row in steps], [row[name] for row in steps], label=name)
     left.set(xlabel="step", ylabel="loss", title="training")
     left.legend()

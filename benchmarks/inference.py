@@ -1,6 +1,6 @@
 """How fast, and in how much memory, all pairs are scored: evaluate.scores beside the literal form, and beside the products it must do.
 
-    python benchmarks/inference.py                # the table for N x N pairs: about 4 minutes on 2 cores
+    python benchmarks/inference.py                # the table for N x N pairs: about 5 minutes on 2 cores
     python benchmarks/inference.py --large        # also MSVD's and MSR-VTT's full sizes and one query against 10^6 videos (13 GB of disk)
 
 d = 512, T' = 12, M = 20, float32, random features of CLIP's scale, one psi head. Every case runs in a process of its own; memory is the
@@ -167,6 +167,7 @@ def plot(rows: list[dict], path: Path) -> None:
         "literal": ("#d55e00", "s"),
         "literal, blocked, own draws": ("#cc79a7", "v"),
         "literal, blocked": ("#e69f00", "^"),
+        "fast, R of t and v": ("#56b4e9", "D"),
         "fast": ("#0072b2", "o"),
         "bare products": ("0.5", "x"),
     }

@@ -57,7 +57,7 @@ def build(arch: str) -> TMASS:
 
 def config_of(arch: str, batch: int, **options) -> Config:
     """What train.py would train an arch with, all of CLIP included."""
-    base = train.preset("shapes" if arch == "tiny" else "msrvtt", "tmass")
+    base = train.preset("shapes" if arch == "tiny" else "msrvtt", "tmass", "paper")
     return replace(base, arch=arch, batch=batch, num_frames=FRAMES, freeze="none", augment=True, **options)
 
 

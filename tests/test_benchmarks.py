@@ -37,6 +37,11 @@ def test_plain_step_is_the_same_step():
         assert (a.grad - b.grad).norm() <= 1e-4 * a.grad.norm() + 1e-8, name
 
 
+def test_the_step_that_is_timed_is_the_papers():
+    for arch in ("tiny", "ViT-B/32"):
+        assert benchmark.config_of(arch, BATCH).recipe == "paper"
+
+
 def test_flops_of_a_step_are_those_counted_by_hand():
     """Two for each multiplication of a matrix product; backward costs twice the forward pass, but for the pictures, which need no gradient."""
 

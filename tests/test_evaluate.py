@@ -73,6 +73,17 @@ def test_own_draws_for_each_pair_do_not_depend_on_blocks_ranks_or_other_pairs(bl
     assert len({round(float(x), 6) for x in eps[0, :, :, 0].flatten()}) == TEXTS * VIDEOS  # no two pairs alike
 
 
+@pytest.mark.parametrize("block", [1, 6, None])
+def test_a_radius_of_text_and_video_is_scored_alike_in_every_way(block):
+    joint = random_model(frames=FRAMES, radius="joint")
+    v = joint.fusion(text, frames)
+    R = joint.radius(text, frames, v)
+    own = PairNoise(M, seed=3)
+    drawn = scores_literal(joint, text, frames, own.block(range(TEXTS), range(VIDEOS), DIM))
+    assert torch.allclose(scores(joint, text, frames, own, block=block), drawn, atol=2e-5)
+    assert torch.allclose(scores(joint, text, frames, Expectation(M), block=block), Expectation(M).of(text[:, None], R, v), atol=2e-5)
+
+
 def test_own_and_shared_draws_agree_in_distribution():
     shared = torch.stack([scores(model, text, frames, noise_bank(M, DIM, seed)) for seed in range(150)])
     own = torch.stack([scores(model, text, frames, PairNoise(M, seed)) for seed in range(150)])

@@ -247,7 +247,7 @@ def test_unknown_arch_missing_foreign_and_corrupt_weights_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("options", [dict(method="clip"), dict(method="xpool", heads=2), dict(radius="fixed"), dict(radius="scalar"), dict(frames=7)])
+@pytest.mark.parametrize("options", [dict(method="clip"), dict(method="xpool", heads=2), dict(radius="fixed"), dict(radius="joint"), dict(frames=7)])
 def test_checkpoint_gives_back_the_same_model(tmp_path, options):
     model = random_model(**options)
     save_checkpoint(tmp_path / "a" / "model.pt", model, step=3)

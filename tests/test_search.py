@@ -40,7 +40,7 @@ assert len(NAMES) == CLIPS
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run") / "best.pt"
-    save_checkpoint(path, random_model(frames=FRAMES))
+    save_checkpoint(path, random_model(frames=FRAMES, radius="joint"))
     return path
 
 
@@ -274,7 +274,7 @@ def test_scores_of_the_library_are_those_of_evaluate(indexed, checkpoint, M=5):
     assert (unrounded - torch.tensor([hit.score for hit in hits])).abs().max() < 1e-3  # features are kept in half precision
     model, best = searcher.model, hits[0]
     own = searcher.library.clip(best.id)[1]
-    assert best.radius == pytest.approx(model.radius(text, own).mean().item(), rel=1e-5)
+    assert best.radius == pytest.approx(model.radius(text, own, model.fusion(text, own)).mean().item(), rel=1e-5)
     assert best.attention == pytest.approx(model.fusion.attention(text, own)[0, 0, 0].tolist(), rel=1e-4)
 
 

@@ -99,7 +99,7 @@ def test_a_frozen_clip_gives_the_features_of_the_whole_one(config, tmp_path, mon
             torch.testing.assert_close(kept, made, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(pairs="every"), RECIPES["best"]])
+@pytest.mark.parametrize("options", [dict(), dict(pairs="every"), {**RECIPES["best"], "alpha": 0.3}])
 def test_the_loss_is_the_sum_of_its_parts_by_their_weights(config, options):
     """L = L_s + alpha L_sup + ce L_ce, L_ce that of t itself."""
     config = replace(config, **{**options, "ce": 0.7})
@@ -474,6 +474,8 @@ def test_resume_refuses_another_config_other_data_and_a_foreign_file(config, cli
         train.train(replace(config, max_steps=1))
     with pytest.raises(ModelError, match=r"another config \(alpha 1.2 -> 0.5\)"):
         train.train(replace(config, max_steps=1, resume=True, alpha=0.5))
+    with pytest.raises(ModelError, match=r"another config \(--recipe paper, not best\)"):
+        train.train(replace(config, max_steps=1, resume=True, recipe="best", **RECIPES["best"]))
     less = tmp_path / "less.csv"
     less.write_text((clips_folder / "clips.csv").read_text().replace(" ", "  "))
     with pytest.raises(ModelError, match="other clips or captions"):
@@ -511,6 +513,7 @@ def test_a_run_is_named_by_data_set_arch_and_method(weights):
     (dict(batch=0), "--batch 0: give a number from 1 on"), (dict(micro_batch=-1), "--micro-batch -1"), (dict(max_steps=0), "--max-steps 0"),
     (dict(dropout=1.5), "--dropout 1.5: give a number from 0 to 1"), (dict(clip_lr=math.nan), "--clip-lr nan"), (dict(seed=-1), "--seed -1"),
     (dict(initial_radius=0), "--initial-radius 0"), (dict(num_frames=0), "--num-frames 0"), (dict(epochs=0), "--epochs 0"),
+    (dict(pairs="expected", M=0), "--M 0 leaves --pairs expected no draw"),
 ])  # fmt: skip
 def test_numbers_out_of_range_give_one_sentence(config, mistake, says):
     with pytest.raises(ModelError, match=says):
