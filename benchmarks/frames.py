@@ -9,7 +9,6 @@ children. Clips that any of the ways cannot read are left out of all. Writes ben
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import resource
@@ -24,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+from benchmarks.own_process import in_own_process  # noqa: E402
 from data import Clip, ClipDataset, FrameCache, decode_frames, resize, segment_midpoints  # noqa: E402
 
 FRAMES, SIZE, REPEATS = 12, 224, 5
@@ -69,8 +69,8 @@ def cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
-def measure(name: str, clips: list[Clip], folder: str, result) -> None:
-    """Sends {clips/s, CPU seconds a clip} of one way back; the cached ways read each clip several times."""
+def measure(name: str, clips: list[Clip], folder: str) -> dict:
+    """{clips/s, CPU seconds a clip} of one way; the cached ways read each clip several times."""
     import torch
 
     torch.set_num_threads(1)
@@ -81,7 +81,7 @@ def measure(name: str, clips: list[Clip], folder: str, result) -> None:
     for clip in clips * repeats:
         assert len(way(clip, cache)) == FRAMES
     count = len(clips) * repeats
-    result.put({"way": name, "clips/s": count / (time.perf_counter() - started), "CPU s a clip": (cpu_seconds() - cpu) / count})
+    return {"way": name, "clips/s": count / (time.perf_counter() - started), "CPU s a clip": (cpu_seconds() - cpu) / count}
 
 
 def usable(clip: Clip) -> bool:
@@ -98,17 +98,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     found = [Clip(path.name, path, ("a caption",), "train") for path in sorted(parser.parse_args().folder.iterdir())]
     clips = [clip for clip in found if usable(clip)]
-    context, rows = multiprocessing.get_context("spawn"), []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         cache = FrameCache(Path(folder), FRAMES, SIZE)
         assert cache.fill(clips) == {}
         size = sum(cache.path(clip).stat().st_size for clip in clips) / len(clips)
         for name in WAYS:
-            result = context.Queue()
-            process = context.Process(target=measure, args=(name, clips, folder, result))
-            process.start()
-            rows.append(result.get())
-            process.join()
+            row, code = in_own_process(measure, name, clips, folder)
+            if row is None:
+                sys.exit(f"{name}: failed, exit code {code}")
+            rows.append(row)
     base = rows[0]
     print(f"{len(clips)} of {len(found)} clips, {size / 1024:.0f} KiB a clip in the cache\n")
     print("| way | clips/s | CPU s a clip | clips/s, ratio | CPU, ratio |\n|---|---:|---:|---:|---:|")

@@ -9,7 +9,6 @@ growth of its peak beyond features and scores. Writes benchmarks/inference.json 
 
 import argparse
 import json
-import multiprocessing
 import platform
 import resource
 import statistics
@@ -24,6 +23,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.own_process import in_own_process  # noqa: E402
 from evaluate import default_block, noise_bank, retrieval_metrics, scores, scores_literal  # noqa: E402
 from model import Radius, XPool  # noqa: E402
 
@@ -94,8 +94,8 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def case(form: str, texts: int, videos: int, device: str, dtype: str, result) -> None:
-    """Runs one case in this process and sends {seconds, pairs/s, GiB} back."""
+def case(form: str, texts: int, videos: int, device: str, dtype: str) -> dict:
+    """Runs one case in this process: {seconds, GiB}, and what it is."""
     model = Heads("joint" if form == "fast, R of t and v" else "linear").to(device, getattr(torch, dtype))
     generator = torch.Generator().manual_seed(0)
     text = (0.45 * torch.randn(texts, DIM, generator=generator)).to(device, getattr(torch, dtype))
@@ -118,10 +118,10 @@ def case(form: str, texts: int, videos: int, device: str, dtype: str, result) ->
     extra = {}
     if texts == videos and form == "fast":
         extra["R@1"] = retrieval_metrics(out.float(), torch.arange(texts, device=device))["t2v"]["R@1"]
-    result.put(dict(form=form, texts=texts, videos=videos, device=device, dtype=dtype, seconds=seconds, gib=max(0.0, gib), **extra))
+    return dict(form=form, texts=texts, videos=videos, device=device, dtype=dtype, seconds=seconds, gib=max(0.0, gib), **extra)
 
 
-def query_case(videos: int, folder: str, result) -> None:
+def query_case(videos: int, folder: str) -> dict:
     """One query against float16 features in a memory map."""
     path = Path(folder) / "frames.f16"
     part = (0.45 * torch.randn(10_000, FRAMES, DIM)).half().numpy()
@@ -133,18 +133,12 @@ def query_case(videos: int, folder: str, result) -> None:
     scores(model, text, frames[:1000], noise)
     started = time.perf_counter()
     scores(model, text, frames, noise)
-    result.put(dict(form="one query", texts=1, videos=videos, device="cpu", dtype="float16 map", seconds=time.perf_counter() - started, gib=None))
+    return dict(form="one query", texts=1, videos=videos, device="cpu", dtype="float16 map", seconds=time.perf_counter() - started, gib=None)
 
 
 def run(function, *arguments) -> dict:
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    process = context.Process(target=function, args=(*arguments, result))
-    process.start()
-    while process.is_alive() and result.empty():
-        time.sleep(0.05)
-    row = result.get(timeout=5) if not result.empty() or process.exitcode == 0 else dict(failed=process.exitcode)
-    process.join()
+    row, code = in_own_process(function, *arguments)
+    row = row or dict(failed=code)
     if "seconds" in row:
         pairs = row["texts"] * row["videos"]
         memory = "" if row["gib"] is None else f"{row['gib']:7.2f} GiB"

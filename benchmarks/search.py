@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import platform
 import resource
 import statistics
@@ -28,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import search  # noqa: E402
 import shapes  # noqa: E402
+from benchmarks.own_process import in_own_process  # noqa: E402
 from model import TINY, TMASS, _import_clip, save_checkpoint  # noqa: E402
 
 TOPICS, QUERIES = 2000, 20
@@ -120,20 +120,11 @@ def index(folder: Path, clips: int, arch: str) -> float:
     return float(out.getvalue().split("(")[1].split(" clips/s")[0])
 
 
-def worker(result, function, *arguments) -> None:
-    """Runs in a process of its own."""
-    result.put(function(*arguments))
-
-
 def run(function, *arguments):
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    process = context.Process(target=worker, args=(result, function, *arguments))
-    process.start()
-    while process.is_alive() and result.empty():
-        time.sleep(0.1)
-    answer = result.get(timeout=5)
-    process.join()
+    """What a function returns in a process of its own; ends the program where it failed."""
+    answer, code = in_own_process(function, *arguments)
+    if answer is None:
+        sys.exit(f"{function.__name__}{arguments}: failed, exit code {code}")
     return answer
 
 

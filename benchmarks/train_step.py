@@ -11,7 +11,6 @@ beyond what is there before the first step on the CPU, and all of it on CUDA. Ra
 
 import argparse
 import json
-import multiprocessing
 import platform
 import resource
 import statistics
@@ -34,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import shapes  # noqa: E402
 import train  # noqa: E402
+from benchmarks.own_process import in_own_process  # noqa: E402
 from model import TMASS, _import_clip, load_clip  # noqa: E402
 from train import Config, State, head_loss, train_mode, train_step  # noqa: E402
 
@@ -154,8 +154,8 @@ def measure(arch: str, device: torch.device, name: str, batch: int) -> dict:
     return {"batch": batch, "steps/s": 1 / seconds, "clips/s": batch / seconds, "gib": gib, "flops": flops}
 
 
-def case(arch: str, device: str, name: str, result) -> None:
-    """Sends what `measure` finds back; where the GPU's memory is too small, with half the batch, and so on."""
+def case(arch: str, device: str, name: str) -> dict:
+    """What `measure` finds; where the GPU's memory is too small, with half the batch, and so on."""
     batch, found = BATCH, None
     while found is None:
         try:
@@ -165,12 +165,12 @@ def case(arch: str, device: str, name: str, result) -> None:
         if found is None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    result.put(dict(arch=arch, device=device, step=name, **found))
+    return dict(arch=arch, device=device, step=name, **found)
 
 
-def peak_case(device: str, result) -> None:
-    """Sends the peak of a device back."""
-    result.put(dict(zip(("peak", "about"), peak_flops(torch.device(device)))))
+def peak_case(device: str) -> dict:
+    """The peak of a device."""
+    return dict(zip(("peak", "about"), peak_flops(torch.device(device))))
 
 
 STAGES = ("data", "encode text", "encode frames", "fuse", "loss", "backward", "optimizer", "other")
@@ -212,7 +212,7 @@ class StageClock:
             setattr(part, name, self.timed("optimizer", getattr(part, name)))
 
 
-def stages_case(arch: str, device: str, folder: str, result) -> None:
+def stages_case(arch: str, device: str, folder: str) -> dict:
     """Sends {stage: milliseconds, the median over steps} of train_step back; data: its batch from the cache, by one process (built-in clips)."""
     where, config = torch.device(device), config_of(arch, BATCH)
     model = build(arch).to(where)
@@ -238,21 +238,14 @@ def stages_case(arch: str, device: str, folder: str, result) -> None:
         step(*clock.timed("data", load)())
         total = clock.now() - started
         steps.append({**clock.seconds, "other": total - sum(clock.seconds.values())})
-    result.put(dict(arch=arch, device=device, ms={stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in STAGES}))
+    return dict(arch=arch, device=device, ms={stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in STAGES})
 
 
 def run(function: Callable, *arguments) -> dict | None:
-    """What a case sends from a process of its own, None where it failed."""
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    process = context.Process(target=function, args=(*arguments, result))
-    process.start()
-    while process.is_alive() and result.empty():
-        time.sleep(0.05)
-    row = result.get(timeout=5) if not result.empty() or process.exitcode == 0 else None
-    process.join()
+    """What a case finds in a process of its own, None where it failed."""
+    row, code = in_own_process(function, *arguments)
     if row is None:
-        print(f"{function.__name__}{arguments}: failed, exit code {process.exitcode}", flush=True)
+        print(f"{function.__name__}{arguments}: failed, exit code {code}", flush=True)
     return row
 
 
