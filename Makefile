@@ -1,17 +1,20 @@
-# make demo   trains and evaluates everything on the built-in clips (about 10 minutes on 2 cores)
-# make test   runs the tests, in two processes
-# make lint   checks style and format
+# make demo      trains and evaluates on the built-in clips (about 10 minutes on 2 cores)
+# make test      runs the tests, in two processes
+# make lint      checks style and format
 # make figures   runs the notebooks and keeps the key figure of each under assets/
-# make sample    makes assets/tiny.npz, the trained model that the notebooks use, from the paper's T-MASS of make demo
-PYTHON ?= python3.11
+# make pages     writes the notebooks with their outputs as HTML pages into docs/notebooks/
+# make sample    makes assets/tiny.npz, the trained model of the notebooks, from the demo's run of the paper's T-MASS
+#
+# PYTHON: the first of these that runs; make PYTHON=python3.12 chooses another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint figures sample
+.PHONY: demo test lint figures pages sample
 
 demo: .venv/ready
 	$(BIN)/python train.py --method clip --out runs/shapes-tiny-clip --resume
 	$(BIN)/python train.py --method xpool --out runs/shapes-tiny-xpool --resume
-	$(BIN)/python train.py --recipe paper --out runs/shapes-tiny-tmass-paper --resume
+	$(BIN)/python train.py --out runs/shapes-tiny-tmass-paper --resume
 	$(BIN)/python train.py --recipe best --out runs/shapes-tiny-tmass-best --resume
 	$(BIN)/python evaluate.py --M 20 --checkpoint $(addprefix runs/shapes-tiny-,clip xpool tmass-paper tmass-best)
 
@@ -25,10 +28,14 @@ lint: .venv/ready
 figures: .venv/ready
 	TMASS_FIGURES="$(CURDIR)/assets" $(BIN)/python -m jupyter execute notebooks/*.ipynb
 
+pages: .venv/ready
+	$(BIN)/python notebooks/pages.py
+
 sample: .venv/ready
 	$(BIN)/python notebooks/sample.py runs/shapes-tiny-tmass-paper
 
 .venv/ready: requirements.txt requirements-search.txt
+	@test -n "$(PYTHON)" || { echo "error: no python3.11, python3.12 or python3.13 found: install one of them."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-search.txt
 	touch $@

@@ -1,13 +1,14 @@
-"""The built-in data set: short clips of moving shapes, rendered to real H.264 files, with captions that tell only part of them.
+"""The built-in data set: short clips of moving shapes (H.264), with captions that tell only part of them.
 
-It needs no download and no licence, and it is made after the paper's motivation: "text is short, video is rich". A clip shows three
-scenes one after the other, each a colour x shape x motion x place (8 x 8 x 4 x 6). A caption speaks of one or two of them and leaves
-attributes out, so that several clips can fit it: even a perfect retriever does not reach 100 % (`perfect_retriever`).
+It needs no download and no licence, and it follows the paper's motivation: "text is short, video is rich". A
+clip shows three scenes one after the other, each a colour x shape x motion x place (8 x 8 x 4 x 6). A caption
+describes one or two of them and leaves attributes out. Several clips can therefore fit one caption, so even a
+perfect retriever stays below 100 % (`perfect_retriever`).
 
     python shapes.py                 # renders data/shapes (once), prints the perfect retriever's score
 
-What it writes is what a user's own data looks like: a CSV file `video,caption,split` beside a folder of video files.
-`pictures.csv` holds still pictures of one scene: the small CLIP is pretrained on them, as OpenAI's was on pictures from the web.
+The files have the form of a user's own data: a CSV file `video,caption,split` beside a folder of video files.
+`pictures.csv` lists still pictures of one scene, on which the small CLIP is pretrained.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 SIZE, FPS, FRAMES = 96, 8, 24  # pixels a side, frames a second, frames a clip (3 s)
+VARIANTS, PANORAMA = 8, 2 * SIZE  # backgrounds a place; their width in pixels
 SPLITS = {"train": 3000, "val": 500, "test": 500}
-PICTURES = 9000
-CAPTIONS = 5  # captions a clip
-VERSION = 1  # raise it when what is drawn or written changes: stale folders are then made anew
+PICTURES, CAPTIONS = 9000, 5  # still pictures in all, captions a clip
+VERSION = 1  # raise it when drawings, captions or files change: older folders are then rendered again
 
 # Every attribute value with the words captions use for it.
 COLOURS = {
@@ -40,8 +41,9 @@ COLOURS = {
     "blue": ["blue"], "purple": ["purple", "violet"], "pink": ["pink"], "white": ["white"],
 }  # fmt: skip
 SHAPES = {
-    "circle": ["circle", "disc"], "square": ["square", "box"], "triangle": ["triangle"], "star": ["star"],
-    "heart": ["heart"], "ring": ["ring", "hoop"], "cross": ["cross", "plus sign"], "moon": ["crescent", "moon"],
+    "circle": ["circle", "disc"], "square": ["square", "box"], "triangle": ["triangle"],
+    "star": ["star"], "heart": ["heart"], "ring": ["ring", "hoop"], "cross": ["cross", "plus sign"],
+    "moon": ["crescent", "moon"],
 }  # fmt: skip
 MOTIONS = {
     "slide": ["slides", "glides by", "moves sideways"], "fall": ["falls", "drops down"],
@@ -53,18 +55,37 @@ PLACES = {
     "snow": ["in the snow", "in the icy mountains"], "space": ["in space", "far from earth"],
 }  # fmt: skip
 ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "place": PLACES}
-RGB = {
+
+# The probability that a caption mentions an attribute. A still picture does not show its motion.
+KEEP = {"colour": 0.85, "shape": 0.85, "motion": 0.6, "place": 0.6}
+KEEP_STILL = {"colour": 0.8, "shape": 0.8, "motion": 0.0, "place": 0.6}
+JOINED = ["{a}, then {b}", "first {a}, later {b}", "{a} and after that {b}", "{b}, but before that {a}"]
+
+# Colours of shapes, of the sky (top, bottom), and of what stands before it, from far to near, each with the
+# base of hills and trees, or the height of houses, as a fraction of the picture's height.
+Colour = tuple[int, int, int]
+RGB: dict[str, Colour] = {
     "red": (222, 45, 50), "orange": (250, 140, 22), "yellow": (255, 222, 40), "green": (46, 184, 80),
     "blue": (40, 96, 228), "purple": (138, 58, 200), "pink": (255, 128, 190), "white": (250, 250, 252),
 }  # fmt: skip
+SKY: dict[str, tuple[Colour, Colour]] = {
+    "desert": ((255, 214, 150), (255, 240, 205)), "sea": ((140, 205, 240), (220, 243, 250)),
+    "forest": ((190, 225, 190), (226, 240, 205)), "city": ((32, 28, 66), (112, 72, 120)),
+    "snow": ((168, 190, 222), (228, 236, 246)), "space": ((6, 6, 20), (26, 16, 50)),
+}  # fmt: skip
+DUNES = [(0.62, (236, 190, 124)), (0.74, (222, 168, 98)), (0.88, (200, 142, 76))]
+WAVES = [(0.52, (52, 130, 186)), (0.66, (38, 108, 168)), (0.8, (26, 86, 146)), (0.92, (16, 66, 120))]
+TREES = [(0.62, (120, 170, 122)), (0.78, (70, 128, 82)), (0.98, (34, 86, 52))]
+HOUSES = [(0.5, (70, 56, 104)), (0.34, (34, 28, 58))]
+MOUNTAINS = [(0.66, (128, 148, 186)), (0.82, (166, 184, 212))]
 
 
-# ---------------------------------------------------------------------------------------------------------------- what a clip says
+# ------------------------------------------------------------------------------- what clips and captions say
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene: its four attributes, and where its drawing starts (all numbers in [0, 1), free of meaning to captions)."""
+    """One scene: its four attributes, and six numbers in [0, 1) that vary the drawing."""
 
     colour: str
     shape: str
@@ -75,7 +96,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence, and what it says: one dict (attribute -> value) for each scene it speaks of, in time order."""
+    """A sentence and its meaning: one dict (attribute -> value) for each scene it mentions, in time order."""
 
     text: str
     mentions: tuple[dict[str, str], ...]
@@ -83,11 +104,28 @@ class Caption:
 
 @dataclass(frozen=True)
 class ShapesClip:
-    """Three scenes in time order, the number of frames of each (they sum to FRAMES), and the captions."""
+    """Three scenes in time order, the number of frames of each (their sum is FRAMES), and the captions."""
 
     scenes: tuple[Scene, ...]
     lengths: tuple[int, ...]
     captions: tuple[Caption, ...]
+
+
+def make_clip(seed: int, number: int) -> ShapesClip:
+    """Returns clip `number` of the data set with this seed. It depends on these two numbers alone."""
+    rng = np.random.default_rng([VERSION, seed, number])
+    scenes = tuple(_random_scene(rng) for _ in range(3))
+    extra = np.bincount(rng.integers(3, size=3), minlength=3)  # each has 3 of 12 parts and some of 3 more
+    lengths = tuple(int(3 + parts) * FRAMES // 12 for parts in extra)
+    return ShapesClip(scenes, lengths, tuple(_caption(scenes, rng) for _ in range(CAPTIONS)))
+
+
+def make_picture(seed: int, number: int) -> tuple[Scene, float, tuple[Caption, ...]]:
+    """Returns picture `number`: a scene, the moment that is drawn (0 start, 1 end), and two captions."""
+    rng = np.random.default_rng([VERSION, seed, 10**6 + number])
+    scene = _random_scene(rng)
+    mentions = [_mention(scene, rng, KEEP_STILL) for _ in range(2)]
+    return scene, float(rng.random()), tuple(Caption(_phrase(m, rng), (m,)) for m in mentions)
 
 
 def _random_scene(rng: np.random.Generator) -> Scene:
@@ -95,17 +133,28 @@ def _random_scene(rng: np.random.Generator) -> Scene:
     return Scene(**values, jitter=tuple(rng.random(6)))
 
 
+def _caption(scenes: tuple[Scene, ...], rng: np.random.Generator) -> Caption:
+    """A caption of one scene, or of two scenes and their order, with equal probability."""
+    if rng.random() < 0.5:
+        mention = _mention(scenes[rng.integers(len(scenes))], rng, KEEP)
+        return Caption(_phrase(mention, rng), (mention,))
+    chosen = sorted(rng.choice(len(scenes), 2, replace=False))
+    mentions = tuple(_mention(scenes[k], rng, KEEP) for k in chosen)
+    a, b = (_phrase(mention, rng) for mention in mentions)
+    return Caption(str(rng.choice(JOINED)).format(a=a, b=b), mentions)
+
+
 def _mention(scene: Scene, rng: np.random.Generator, keep: dict[str, float]) -> dict[str, str]:
-    """The part of a scene that a caption tells: each attribute is kept with its own probability, and at least two are."""
+    """The attributes that a caption mentions: each is kept with its own probability, and at least two are."""
     kept = [name for name in ATTRIBUTES if rng.random() < keep[name]]
-    for name in rng.permutation([name for name, p in keep.items() if p > 0]):
+    for name in rng.permutation([name for name, probability in keep.items() if probability > 0]):
         if len(kept) < 2 and name not in kept:
             kept.append(str(name))
     return {name: getattr(scene, name) for name in ATTRIBUTES if name in kept}
 
 
 def _phrase(mention: dict[str, str], rng: np.random.Generator) -> str:
-    """'a red ring grows in the desert', with synonyms, without what the mention leaves out."""
+    """Words for a mention, with synonyms: "a red ring grows in the desert"."""
     word = {name: str(rng.choice(ATTRIBUTES[name][value])) for name, value in mention.items()}
     noun = word.get("shape", str(rng.choice(["thing", "object", "shape"])))
     subject = f"{word['colour']} {noun}" if "colour" in word else noun
@@ -116,199 +165,204 @@ def _phrase(mention: dict[str, str], rng: np.random.Generator) -> str:
     return f"{word['place']}, {sentence}" if rng.random() < 0.3 else f"{sentence} {word['place']}"
 
 
-KEEP = {"colour": 0.85, "shape": 0.85, "motion": 0.6, "place": 0.6}
-KEEP_STILL = {"colour": 0.8, "shape": 0.8, "motion": 0.0, "place": 0.6}  # a picture does not show its motion
-
-
-def _caption(scenes: tuple[Scene, ...], rng: np.random.Generator) -> Caption:
-    if rng.random() < 0.5:
-        mentions = (_mention(scenes[rng.integers(len(scenes))], rng, KEEP),)
-        return Caption(_phrase(mentions[0], rng), mentions)
-    first, second = sorted(rng.choice(len(scenes), 2, replace=False))
-    mentions = (_mention(scenes[first], rng, KEEP), _mention(scenes[second], rng, KEEP))
-    a, b = (_phrase(mention, rng) for mention in mentions)
-    template = str(rng.choice(["{a}, then {b}", "first {a}, later {b}", "{a} and after that {b}", "{b}, but before that {a}"]))
-    return Caption(template.format(a=a, b=b), mentions)
-
-
-def make_clip(seed: int, number: int) -> ShapesClip:
-    """Clip `number` of the data set with this seed: the same on every machine, whatever else is made."""
-    rng = np.random.default_rng([VERSION, seed, number])
-    scenes = tuple(_random_scene(rng) for _ in range(3))
-    spare = np.bincount(rng.integers(3, size=3), minlength=3)  # 3 of 12 parts are dealt out at random
-    lengths = tuple(int(3 + n) * FRAMES // 12 for n in spare)
-    return ShapesClip(scenes, lengths, tuple(_caption(scenes, rng) for _ in range(CAPTIONS)))
-
-
-def make_picture(seed: int, number: int) -> tuple[Scene, float, tuple[Caption, ...]]:
-    """Picture `number`: a scene, the moment of it that is drawn (0 start, 1 end), and two captions."""
-    rng = np.random.default_rng([VERSION, seed, 10**6 + number])
-    scene = _random_scene(rng)
-    mentions = [_mention(scene, rng, KEEP_STILL) for _ in range(2)]
-    return scene, float(rng.random()), tuple(Caption(_phrase(m, rng), (m,)) for m in mentions)
-
-
 def perfect_retriever(seed: int = 0, split: str = "test") -> dict[str, float]:
-    """Text-to-video metrics of a retriever that understands every caption and every clip of a split, in percent and ranks.
+    """Returns the text-to-video metrics of a retriever that understands every caption and clip of a split.
 
-    The n clips that fit a caption (its mentions found in its scenes, in order) cannot be told apart, and rank before all others:
-    expected R@K = min(1, K / n), expected rank (n + 1) / 2. The rest is the ambiguity of the data."""
+    A clip fits a caption when the mentioned scenes are found in it, in order. The n clips that fit one rank
+    before all others, in any order: expected R@K = min(1, K / n), in percent; expected rank = (n + 1) / 2."""
     clips = [make_clip(seed, number) for number in _numbers(split)]
-    value = {n: np.array([[getattr(s, n) for s in clip.scenes] for clip in clips]) for n in ATTRIBUTES}  # (clips, 3)
-    fits = []
+    values = {a: np.array([[getattr(s, a) for s in clip.scenes] for clip in clips]) for a in ATTRIBUTES}
+    fitting = []
     for caption in itertools.chain.from_iterable(clip.captions for clip in clips):
-        seen = [np.all([value[n] == v for n, v in m.items()], axis=0) for m in caption.mentions]  # each (clips, 3)
-        if len(seen) == 1:
-            fits.append(seen[0].any(1).sum())
-        else:
-            pairs = [seen[0][:, i] & seen[1][:, j] for i, j in itertools.combinations(range(3), 2)]
-            fits.append(np.any(pairs, axis=0).sum())
-    n = np.array(fits)
+        # for each mention, the scenes that have all its values: (clips, 3)
+        seen = [np.all([values[a] == v for a, v in m.items()], axis=0) for m in caption.mentions]
+        fits = seen[0].any(axis=1)
+        if len(seen) == 2:
+            fits = np.any([seen[0][:, i] & seen[1][:, j] for i, j in ((0, 1), (0, 2), (1, 2))], axis=0)
+        fitting.append(fits.sum())
+    n = np.array(fitting)
+    rank = (n + 1) / 2
     recall = {f"R@{k}": float(np.minimum(1, k / n).mean() * 100) for k in (1, 5, 10)}
-    return {**recall, "MdR": float(np.median((n + 1) / 2)), "MnR": float(((n + 1) / 2).mean())}
+    return {**recall, "MdR": float(np.median(rank)), "MnR": float(rank.mean())}
 
 
 def _numbers(split: str) -> range:
+    """The numbers of the clips of a split."""
     ends = dict(zip(SPLITS, itertools.accumulate(SPLITS.values())))
     return range(ends[split] - SPLITS[split], ends[split])
 
 
-# ------------------------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------ drawing the background
 
 
-def _gradient(top: tuple[int, int, int], bottom: tuple[int, int, int], size: tuple[int, int]) -> Image.Image:
-    ramp = np.linspace(0, 1, size[1])[:, None, None]
-    pixels = (1 - ramp) * np.array(top) + ramp * np.array(bottom)
-    return Image.fromarray(np.repeat(pixels, size[0], axis=1).astype(np.uint8))
+class Painter:
+    """Draws one panorama: the sky, then the hills, trees, houses or stars of a place, at random positions."""
 
+    def __init__(self, place: str, rng: np.random.Generator, width: int, height: int):
+        self.rng, self.width, self.height = rng, width, height
+        top, bottom = np.array(SKY[place])
+        ramp = np.linspace(0, 1, height)[:, None, None]
+        sky = ((1 - ramp) * top + ramp * bottom).astype(np.uint8)
+        self.image = Image.fromarray(np.repeat(sky, width, axis=1))
+        self.draw = ImageDraw.Draw(self.image)
+        getattr(self, place)()
 
-def _ridge(rng: np.random.Generator, width: int, base: float, height: float, waves: tuple[int, ...]) -> list[tuple[float, float]]:
-    """A skyline of smooth hills that joins up with itself at the ends (all waves are whole numbers a panorama)."""
-    x = np.arange(0, width + 4, 4)
-    y = sum(rng.uniform(0.4, 1) * np.sin(2 * math.pi * (k * x / width + rng.random())) / k**0.5 for k in waves)
-    return [*zip(x.tolist(), (base - height * y).tolist()), (width + 4, 10**4), (0, 10**4)]
+    def _disc(self, x: float, y: float, r: float, fill: Colour) -> None:
+        self.draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
+    def _hills(self, base: float, height: float, waves: tuple[int, ...], fill: Colour) -> None:
+        """Smooth hills around `base`, filled to the bottom: sines with these whole numbers of periods."""
+        x, y = np.arange(0, self.width + 4, 4), 0
+        for k in waves:
+            amplitude, phase = self.rng.uniform(0.4, 1), self.rng.random()
+            y += amplitude * np.sin(2 * math.pi * (k * x / self.width + phase)) / k**0.5
+        skyline = zip(x.tolist(), (base * self.height - height * self.height * y).tolist())
+        self.draw.polygon([*skyline, (self.width + 4, 10**4), (0, 10**4)], fill=fill)
 
-def _paint(place: str, rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """One panorama. Each place keeps its palette; hills, trees, houses and stars fall differently each time."""
-    sky = {
-        "desert": ((255, 214, 150), (255, 240, 205)), "sea": ((140, 205, 240), (220, 243, 250)), "forest": ((190, 225, 190), (226, 240, 205)),
-        "city": ((32, 28, 66), (112, 72, 120)), "snow": ((168, 190, 222), (228, 236, 246)), "space": ((6, 6, 20), (26, 16, 50)),
-    }[place]  # fmt: skip
-    image = _gradient(*sky, (width, height))
-    draw = ImageDraw.Draw(image)
+    def _spread(self, n: int) -> np.ndarray:
+        """n places from left to right, each at random in its own nth of the width."""
+        return (np.arange(n) + self.rng.uniform(0, 0.8, n)) * self.width / n
 
-    def disc(x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    def desert(self) -> None:
+        """A low sun over three dunes."""
+        rng, w, h = self.rng, self.width, self.height
+        self._disc(rng.uniform(0.1, 0.9) * w, 0.2 * h, 0.09 * h, (255, 250, 225))
+        for base, fill in DUNES:
+            self._hills(base, 0.05, (1, 2, 3), fill)
 
-    if place == "desert":
-        disc(rng.uniform(0.1, 0.9) * width, 0.2 * height, 0.09 * height, (255, 250, 225))
-        for base, fill in ((0.62, (236, 190, 124)), (0.74, (222, 168, 98)), (0.88, (200, 142, 76))):
-            draw.polygon(_ridge(rng, width, base * height, 0.05 * height, (1, 2, 3)), fill=fill)
-    elif place == "sea":
+    def sea(self) -> None:
+        """Five clouds of four discs each, over four rows of waves."""
+        rng, w, h = self.rng, self.width, self.height
         for _ in range(5):
-            x, y = rng.uniform(0, width), rng.uniform(0.06, 0.3) * height
+            x, y = rng.uniform(0, w), rng.uniform(0.06, 0.3) * h
             for step in range(4):
-                disc(x + step * 0.07 * height, y + rng.uniform(-0.02, 0.02) * height, rng.uniform(0.04, 0.07) * height, (250, 253, 255))
-        for base, fill in ((0.52, (52, 130, 186)), (0.66, (38, 108, 168)), (0.8, (26, 86, 146)), (0.92, (16, 66, 120))):
-            draw.polygon(_ridge(rng, width, base * height, 0.016 * height, (9, 14)), fill=fill)
-    elif place == "forest":
-        for base, fill, n in ((0.62, (120, 170, 122), 26), (0.78, (70, 128, 82), 20), (0.98, (34, 86, 52), 14)):
-            for x in (np.arange(n) + rng.uniform(0, 0.8, n)) * width / n:
-                half, top = rng.uniform(0.07, 0.11) * height, (base - rng.uniform(0.28, 0.42)) * height
-                for level in (0, 0.3):
-                    y = top + level * (base * height - top)
-                    draw.polygon([(x, y), (x - half, base * height), (x + half, base * height)], fill=fill)
-            draw.rectangle((0, (base - 0.01) * height, width, height), fill=fill)
-    elif place == "city":
-        disc(rng.uniform(0.1, 0.9) * width, 0.18 * height, 0.07 * height, (250, 240, 200))
-        for depth, fill in ((0.5, (70, 56, 104)), (0.34, (34, 28, 58))):
+                dy, r = rng.uniform(-0.02, 0.02) * h, rng.uniform(0.04, 0.07) * h
+                self._disc(x + step * 0.07 * h, y + dy, r, (250, 253, 255))
+        for base, fill in WAVES:
+            self._hills(base, 0.016, (9, 14), fill)
+
+    def forest(self) -> None:
+        """Three rows of fir trees, the nearest the darkest; a tree is two triangles."""
+        rng, w, h = self.rng, self.width, self.height
+        for (base, fill), n in zip(TREES, (26, 20, 14)):
+            foot = base * h
+            for x in self._spread(n):
+                half, top = rng.uniform(0.07, 0.11) * h, (base - rng.uniform(0.28, 0.42)) * h
+                for y in (top, top + 0.3 * (foot - top)):
+                    self.draw.polygon([(x, y), (x - half, foot), (x + half, foot)], fill=fill)
+            self.draw.rectangle((0, (base - 0.01) * h, w, h), fill=fill)
+
+    def city(self) -> None:
+        """A moon over two rows of houses; each window is lit with probability 1/2."""
+        rng, w, h = self.rng, self.width, self.height
+        self._disc(rng.uniform(0.1, 0.9) * w, 0.18 * h, 0.07 * h, (250, 240, 200))
+        for tall, fill in HOUSES:
             x = 0.0
-            while x < width:
-                w, top = rng.uniform(0.14, 0.26) * height, (1 - depth * rng.uniform(0.7, 1.3)) * height
-                draw.rectangle((x, top, x + w - 2, height), fill=fill)
-                for wx in np.arange(x + 0.03 * height, x + w - 0.05 * height, 0.055 * height):
-                    for wy in np.arange(top + 0.03 * height, height, 0.075 * height):
-                        if rng.random() < 0.5:
-                            draw.rectangle((wx, wy, wx + 0.022 * height, wy + 0.034 * height), fill=(255, 214, 120))
-                x += w
-    elif place == "snow":
-        for base, fill in ((0.66, (128, 148, 186)), (0.82, (166, 184, 212))):
-            n = 8
-            for x in (np.arange(n) + rng.uniform(0, 0.8, n)) * width / n:
-                top, half, foot = (base - rng.uniform(0.3, 0.5)) * height, rng.uniform(0.3, 0.45) * height, base * height
-                draw.polygon([(x, top), (x - half, foot), (x + half, foot)], fill=fill)
-                cap = 0.32
-                draw.polygon([(x, top), (x - cap * half, top + cap * (foot - top)), (x, top + 0.2 * (foot - top)),
-                              (x + cap * half, top + cap * (foot - top))], fill=(246, 250, 255))  # fmt: skip
-            draw.rectangle((0, (base - 0.005) * height, width, height), fill=fill)
-        draw.polygon(_ridge(rng, width, 0.84 * height, 0.03 * height, (2, 3)), fill=(238, 244, 252))
+            while x < w:
+                end, top = x + rng.uniform(0.14, 0.26) * h, (1 - tall * rng.uniform(0.7, 1.3)) * h
+                self.draw.rectangle((x, top, end - 2, h), fill=fill)
+                columns = np.arange(x + 0.03 * h, end - 0.05 * h, 0.055 * h)
+                rows = np.arange(top + 0.03 * h, h, 0.075 * h)
+                for left, upper in itertools.product(columns, rows):
+                    if rng.random() < 0.5:
+                        window = (left, upper, left + 0.022 * h, upper + 0.034 * h)
+                        self.draw.rectangle(window, fill=(255, 214, 120))
+                x = end
+
+    def snow(self) -> None:
+        """Two rows of mountains with white caps, snowy hills, and falling snow."""
+        rng, w, h = self.rng, self.width, self.height
+        for base, fill in MOUNTAINS:
+            foot = base * h
+            for x in self._spread(8):
+                top, half = (base - rng.uniform(0.3, 0.5)) * h, rng.uniform(0.3, 0.45) * h
+                self.draw.polygon([(x, top), (x - half, foot), (x + half, foot)], fill=fill)
+                side, snow_line = 0.32 * half, top + 0.32 * (foot - top)
+                cap = [(x, top), (x - side, snow_line), (x, top + 0.2 * (foot - top)), (x + side, snow_line)]
+                self.draw.polygon(cap, fill=(246, 250, 255))
+            self.draw.rectangle((0, (base - 0.005) * h, w, h), fill=fill)
+        self._hills(0.84, 0.03, (2, 3), (238, 244, 252))
         for x, y in rng.uniform(0, 1, (60, 2)):
-            disc(x * width, y * height, 0.011 * height, (255, 255, 255))
-    elif place == "space":
+            self._disc(x * w, y * h, 0.011 * h, (255, 255, 255))
+
+    def space(self) -> None:
+        """Stars, the larger ones brighter, and two planets, each with its darker side."""
+        rng, w, h = self.rng, self.width, self.height
         for x, y, r in rng.uniform(0, 1, (110, 3)):
-            disc(x * width, y * height, (0.004 + 0.01 * r**4) * height, tuple(int(c * (0.6 + 0.4 * r)) for c in (255, 245, 230)))
-        for hue in ((70, 110, 150), (150, 92, 70)):
-            x, y, r = rng.uniform(0, width), rng.uniform(0.15, 0.85) * height, rng.uniform(0.08, 0.2) * height
-            disc(x, y, r, hue)
-            disc(x + 0.16 * r, y + 0.14 * r, 0.84 * r, tuple(int(c * 0.72) for c in hue))
-    return image
-
-
-VARIANTS, PANORAMA = 8, 2 * SIZE  # panoramas a place; their width in pixels
-
-# Panoramas and sprites are painted once a process, large, and scaled down: smooth edges at a fraction of a millisecond a frame.
+            fill = tuple(int(c * (0.6 + 0.4 * r)) for c in (255, 245, 230))
+            self._disc(x * w, y * h, (0.004 + 0.01 * r**4) * h, fill)
+        for colour in ((70, 110, 150), (150, 92, 70)):
+            x, y, r = rng.uniform(0, w), rng.uniform(0.15, 0.85) * h, rng.uniform(0.08, 0.2) * h
+            self._disc(x, y, r, colour)
+            self._disc(x + 0.16 * r, y + 0.14 * r, 0.84 * r, tuple(int(c * 0.72) for c in colour))
 
 
 @functools.cache
 def _panorama(place: str, variant: int) -> Image.Image:
+    """A background, drawn large once a process and scaled down, which smooths its edges."""
     rng = np.random.default_rng([list(PLACES).index(place), variant])
-    return _paint(place, rng, 4 * PANORAMA, 4 * SIZE).resize((PANORAMA, SIZE), Image.Resampling.LANCZOS)
+    image = Painter(place, rng, 4 * PANORAMA, 4 * SIZE).image
+    return image.resize((PANORAMA, SIZE), Image.Resampling.LANCZOS)
 
 
-@functools.cache
-def _sprite(colour: str, shape: str) -> Image.Image:
-    """The shape in its colour on a transparent square of 128 px, with a dark rim and a light from the upper left."""
-    big = 384
-    mask = Image.new("L", (big, big))
-    draw, c, r = ImageDraw.Draw(mask), big / 2, 0.42 * big
+# ---------------------------------------------------------------------------------------- drawing the shapes
 
-    def around(n: int, radius: list[float], turn: float = 0.0) -> list[tuple[float, float]]:
-        angle = [2 * math.pi * (i / n) - math.pi / 2 + turn for i in range(n)]
-        return [(c + radius[i % len(radius)] * math.cos(a), c + radius[i % len(radius)] * math.sin(a)) for i, a in enumerate(angle)]
+
+def _mask(shape: str, side: int) -> Image.Image:
+    """The shape in white on black, side x side pixels."""
+    mask = Image.new("L", (side, side))
+    draw, c, r = ImageDraw.Draw(mask), side / 2, 0.42 * side
+
+    def box(half_width: float, half_height: float) -> tuple[float, float, float, float]:
+        return (c - half_width * r, c - half_height * r, c + half_width * r, c + half_height * r)
+
+    def corners(n: int, radii: list[float]) -> list[tuple[float, float]]:
+        """n points around the centre, the first at the top, at these distances in turn."""
+        angles = [2 * math.pi * (i / n) - math.pi / 2 for i in range(n)]
+        return [(c + d * math.cos(a), c + d * math.sin(a)) for a, d in zip(angles, itertools.cycle(radii))]
 
     if shape in ("circle", "ring", "moon"):
-        draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
+        draw.ellipse(box(1.0, 1.0), fill=255)
     if shape == "ring":
-        draw.ellipse((c - 0.55 * r, c - 0.55 * r, c + 0.55 * r, c + 0.55 * r), fill=0)
-    if shape == "moon":
+        draw.ellipse(box(0.55, 0.55), fill=0)
+    elif shape == "moon":
         draw.ellipse((c - 0.35 * r, c - 1.0 * r, c + 1.45 * r, c + 0.8 * r), fill=0)
-    if shape == "square":
-        draw.rounded_rectangle((c - 0.84 * r, c - 0.84 * r, c + 0.84 * r, c + 0.84 * r), 0.12 * r, fill=255)
-    if shape == "triangle":
-        draw.polygon([(x, y + 0.2 * r) for x, y in around(3, [1.15 * r])], fill=255)
-    if shape == "star":
-        draw.polygon(around(10, [1.12 * r, 0.46 * r]), fill=255)
-    if shape == "cross":
-        draw.rounded_rectangle((c - 0.33 * r, c - r, c + 0.33 * r, c + r), 0.08 * r, fill=255)
-        draw.rounded_rectangle((c - r, c - 0.33 * r, c + r, c + 0.33 * r), 0.08 * r, fill=255)
-    if shape == "heart":
+    elif shape == "square":
+        draw.rounded_rectangle(box(0.84, 0.84), 0.12 * r, fill=255)
+    elif shape == "triangle":
+        draw.polygon([(x, y + 0.2 * r) for x, y in corners(3, [1.15 * r])], fill=255)
+    elif shape == "star":
+        draw.polygon(corners(10, [1.12 * r, 0.46 * r]), fill=255)
+    elif shape == "cross":
+        draw.rounded_rectangle(box(0.33, 1.0), 0.08 * r, fill=255)
+        draw.rounded_rectangle(box(1.0, 0.33), 0.08 * r, fill=255)
+    elif shape == "heart":
         t = np.linspace(0, 2 * math.pi, 120)
         x = 16 * np.sin(t) ** 3
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         draw.polygon(list(zip((c + x * r / 16).tolist(), (c - y * r / 16).tolist())), fill=255)
-    rim = functools.reduce(lambda grown, _: grown.filter(ImageFilter.MaxFilter(3)), range(5), mask)  # as one of size 11, in half the time
+    return mask
+
+
+@functools.cache
+def _sprite(colour: str, shape: str) -> Image.Image:
+    """The shape in its colour on a transparent square of 128 px, with a dark rim, lit from the upper left."""
+    side = 384
+    mask = rim = _mask(shape, side)
+    for _ in range(5):  # five filters of size 3 equal one of size 11 and take half the time
+        rim = rim.filter(ImageFilter.MaxFilter(3))
     rgb = np.array(RGB[colour], dtype=np.float32)
-    ramp = np.add.outer(np.arange(big), np.arange(big)) / (2 * big)  # 0 upper left, 1 lower right
-    body = rgb + np.clip(0.45 - ramp, 0, 1)[..., None] * (255 - rgb) * 0.9 - np.clip(ramp - 0.5, 0, 1)[..., None] * rgb * 0.6
-    sprite = Image.new("RGBA", (big, big), (20, 18, 30, 0))
+    ramp = np.add.outer(np.arange(side), np.arange(side))[..., None] / (2 * side)  # 0 at the upper left
+    light, shadow = np.clip(0.45 - ramp, 0, 1), np.clip(ramp - 0.5, 0, 1)
+    body = rgb + light * (255 - rgb) * 0.9 - shadow * rgb * 0.6
+    sprite = Image.new("RGBA", (side, side), (20, 18, 30, 0))
     sprite.paste((20, 18, 30, 255), mask=rim)
     sprite.paste(Image.fromarray(np.clip(body, 0, 255).astype(np.uint8)), mask=mask)
     return sprite.resize((128, 128), Image.Resampling.LANCZOS)
 
 
 def draw_frame(scene: Scene, time: float) -> Image.Image:
-    """A picture, SIZE x SIZE, of a scene at `time` in [0, 1] of its length."""
+    """Returns the picture, SIZE x SIZE, of a scene at `time`, from 0 (its start) to 1 (its end)."""
     a, b, c, d, e, f = scene.jitter
     pan = (PANORAMA - SIZE) * (0.15 + 0.7 * (time if a < 0.5 else 1 - time)) * (0.5 + 0.5 * b)
     image = _panorama(scene.place, int(c * VARIANTS)).crop((round(pan), 0, round(pan) + SIZE, SIZE))
@@ -321,8 +375,7 @@ def draw_frame(scene: Scene, time: float) -> Image.Image:
         size = 0.2 + 0.65 * time
     else:
         turn = (360 + 180 * e) * time * (1 if d < 0.5 else -1)
-    sprite = _sprite(scene.colour, scene.shape)
-    sprite = sprite.rotate(turn, Image.Resampling.BICUBIC) if turn else sprite
+    sprite = _sprite(scene.colour, scene.shape).rotate(turn, Image.Resampling.BICUBIC)
     pixels = round(size * SIZE)
     sprite = sprite.resize((pixels, pixels), Image.Resampling.BILINEAR)
     image.paste(sprite, (round(x * SIZE - pixels / 2), round(y * SIZE - pixels / 2)), sprite)
@@ -330,27 +383,33 @@ def draw_frame(scene: Scene, time: float) -> Image.Image:
 
 
 def draw_clip(clip: ShapesClip) -> Iterator[Image.Image]:
-    """The FRAMES frames of a clip, in order."""
+    """Yields the FRAMES frames of a clip, in order."""
     for scene, length in zip(clip.scenes, clip.lengths):
         for k in range(length):
             yield draw_frame(scene, (k + 0.5) / length)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- rendering
+# ----------------------------------------------------------------------------------------- writing the files
+
+# One thread and no version strings: the same frames give the same bytes. A key frame starts each clip.
+H264 = {
+    "vcodec": "libx264", "pix_fmt": "yuv420p", "crf": 20, "preset": "veryfast", "g": FRAMES, "bf": 0,
+    "keyint_min": FRAMES, "sc_threshold": 0, "threads": 1, "fflags": "+bitexact", "flags:v": "+bitexact",
+}  # fmt: skip
+Job = tuple[Path, int, range]  # the folder to write to, the seed, the numbers of the clips or pictures
 
 
-def _render_clips(job: tuple[Path, int, range]) -> int:
-    """Encodes the clips of one range with one ffmpeg process: it takes the frames of all, and cuts a file at each clip's end."""
+def _render_clips(job: Job) -> int:
+    """Writes the clips of a job; returns how many. One ffmpeg process encodes them and splits the files."""
     folder, seed, numbers = job
-    cuts = ",".join(str(FRAMES * k) for k in range(1, len(numbers)))
+    ends = ",".join(str(FRAMES * k) for k in range(1, len(numbers)))
+    split = dict(format="segment", segment_frames=ends, segment_start_number=numbers[0], reset_timestamps=1)
     process = (
         ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{SIZE}x{SIZE}", framerate=FPS)
-        .output(str(folder / "clip%05d.mp4"), format="segment", segment_frames=cuts, segment_start_number=numbers[0], reset_timestamps=1,
-                vcodec="libx264", pix_fmt="yuv420p", crf=20, preset="veryfast", g=FRAMES, keyint_min=FRAMES, sc_threshold=0, bf=0, threads=1,
-                fflags="+bitexact", **{"flags:v": "+bitexact"})
+        .output(str(folder / "clip%05d.mp4"), **split, **H264)
         .global_args("-nostdin", "-v", "error")
         .run_async(cmd=imageio_ffmpeg.get_ffmpeg_exe(), pipe_stdin=True)
-    )  # fmt: skip
+    )
     for number in numbers:
         for image in draw_clip(make_clip(seed, number)):
             process.stdin.write(image.tobytes())
@@ -360,7 +419,8 @@ def _render_clips(job: tuple[Path, int, range]) -> int:
     return len(numbers)
 
 
-def _render_pictures(job: tuple[Path, int, range]) -> int:
+def _render_pictures(job: Job) -> int:
+    """Writes the pictures of a job; returns how many."""
     folder, seed, numbers = job
     for number in numbers:
         scene, time, _ = make_picture(seed, number)
@@ -368,64 +428,64 @@ def _render_pictures(job: tuple[Path, int, range]) -> int:
     return len(numbers)
 
 
-def _write_csv(path: Path, rows: Iterator[tuple[str, str, str]]) -> None:
+def _jobs(folder: Path, seed: int, count: int, size: int) -> list[Job]:
+    """Jobs of at most `size` files each, for files 0 ... count - 1."""
+    return [(folder, seed, range(k, min(k + size, count))) for k in range(0, count, size)]
+
+
+def _write_csv(path: Path, files: Iterable[tuple[str, str, tuple[Caption, ...]]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["video", "caption", "split"])
-        writer.writerows(rows)
+        for name, split, captions in files:
+            writer.writerows([name, caption.text, split] for caption in captions)
 
 
 def render(folder: Path | str, seed: int = 0) -> Path:
-    """Renders the data set into `folder` unless it is there already: clips.csv, clips/*.mp4, pictures.csv, pictures/*.jpg.
+    """Renders the data set into `folder`: clips.csv, clips/*.mp4, pictures.csv, pictures/*.jpg. Returns it.
 
-    Everything is made in a folder beside it that takes the name at the end: a `folder` that exists is whole."""
+    Does nothing where the same version is there already. All files are written to a temporary folder that is
+    renamed at the end, so `folder` is complete or absent. Raises FileExistsError if it holds other files."""
     folder = Path(folder)
     mark = folder / "shapes.txt"
     stamp = f"shapes, version {VERSION}, seed {seed}, {SPLITS}, {PICTURES} pictures\n"
     if mark.exists() and mark.read_text() == stamp:
         return folder
     if folder.exists() and not mark.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds something else than the built-in clips: name another folder with --data.")
+        raise FileExistsError(f"{folder} holds something else than the built-in clips: name another --data.")
     work = folder.with_name(f"{folder.name}.making{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     (work / "clips").mkdir(parents=True)
     (work / "pictures").mkdir()
 
-    clips, block = sum(SPLITS.values()), 50
-    jobs = [(_render_clips, (work / "clips", seed, range(k, min(k + block, clips)))) for k in range(0, clips, block)]
-    jobs += [(_render_pictures, (work / "pictures", seed, range(k, min(k + 500, PICTURES)))) for k in range(0, PICTURES, 500)]
-    with (
-        multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool,
-        tqdm(total=clips + PICTURES, desc="rendering the built-in clips", unit=" files") as bar,
-    ):
-        for done in pool.imap_unordered(_call, jobs):
+    clips, spawn = sum(SPLITS.values()), multiprocessing.get_context("spawn")
+    bar = tqdm(total=clips + PICTURES, desc="rendering the built-in clips", unit=" files")
+    with spawn.Pool(os.cpu_count()) as pool, bar:
+        rendered = pool.imap_unordered(_render_clips, _jobs(work / "clips", seed, clips, 50))
+        drawn = pool.imap_unordered(_render_pictures, _jobs(work / "pictures", seed, PICTURES, 500))
+        for done in itertools.chain(rendered, drawn):
             bar.update(done)
 
-    _write_csv(work / "clips.csv", ((f"clip{n:05d}.mp4", caption.text, split) for split in SPLITS for n in _numbers(split)
-                                    for caption in make_clip(seed, n).captions))  # fmt: skip
-    _write_csv(work / "pictures.csv", ((f"picture{n:05d}.jpg", caption.text, "val" if n < 500 else "train") for n in range(PICTURES)
-                                       for caption in make_picture(seed, n)[2]))  # fmt: skip
+    clip_files = [(f"clip{n:05d}.mp4", split, n) for split in SPLITS for n in _numbers(split)]
+    picture_files = [(f"picture{n:05d}.jpg", "val" if n < 500 else "train", n) for n in range(PICTURES)]
+    _write_csv(work / "clips.csv", ((name, s, make_clip(seed, n).captions) for name, s, n in clip_files))
+    _write_csv(work / "pictures.csv", ((name, s, make_picture(seed, n)[2]) for name, s, n in picture_files))
     (work / mark.name).write_text(stamp)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
     return folder
 
 
-def _call(job):
-    function, argument = job
-    return function(argument)
-
-
 def main() -> None:
     """The command line: renders, then prints the perfect retriever's score for each split."""
-    parser = argparse.ArgumentParser(description="Render the built-in clips and print what a perfect retriever would score on them.")
-    parser.add_argument("--out", type=Path, default=Path("data/shapes"), help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes another data set")
+    parser = argparse.ArgumentParser(description="Render the built-in clips and score a perfect retriever.")
+    parser.add_argument("--out", type=Path, default=Path("data/shapes"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives another data set")
     args = parser.parse_args()
     render(args.out, args.seed)
     for split in SPLITS:
-        score = "  ".join(f"{name} {value:.1f}" for name, value in perfect_retriever(args.seed, split).items())
-        print(f"perfect retriever, {split}: {score}")
+        found = [f"{name} {value:.1f}" for name, value in perfect_retriever(args.seed, split).items()]
+        print(f"perfect retriever, {split}:", "  ".join(found))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How fast frames come out of videos: data.decode_frames and the frame cache beside OpenCV's seek for each frame, on the same clips in one run.
+"""Speed of reading frames: engine.frames, its cache, and OpenCV's seek for each frame, on the same clips.
 
     pip install opencv-python-headless                # for this script alone
     python benchmarks/frames.py FOLDER_OF_CLIPS
 
-12 frames a clip, shorter side 224 px, each way in one process of its own, one after the other; CPU seconds are those of the process and its
-children. Clips that any of the ways cannot read are left out of all. Writes benchmarks/frames.json.
+12 frames a clip, shorter side 224 px. Each way runs in its own process, one after the other. CPU seconds
+include child processes. Clips that one of the ways cannot read are left out. Writes benchmarks/frames.json.
 """
 
 import argparse
@@ -22,20 +22,22 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
-from data import Clip, ClipDataset, FrameCache, decode_frames, resize, segment_midpoints  # noqa: E402
+from data import ClipDataset  # noqa: E402
+from engine.datasets import Clip  # noqa: E402
+from engine.files import DataError  # noqa: E402
+from engine.frames import FrameCache, decode_frames, resize, segment_midpoints  # noqa: E402
 
 FRAMES, SIZE, REPEATS = 12, 224, 5
 
 
 def ours(clip: Clip, _) -> list[np.ndarray]:
-    """data.decode_frames and Pillow's resize."""
+    """Decodes with engine.frames."""
     return [resize(frame, SIZE) for frame in decode_frames(clip.path, FRAMES)]
 
 
 def opencv(clip: Clip, _) -> list[np.ndarray]:
-    """What the released code does: OpenCV's frame count, then a seek for each frame (and the same resize)."""
+    """Decodes as the released code: OpenCV's frame count, then a seek for each frame; the same resize."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -51,26 +53,31 @@ def opencv(clip: Clip, _) -> list[np.ndarray]:
 
 
 def cached(clip: Clip, cache: FrameCache) -> list[np.ndarray]:
-    """The JPEG frames of the cache."""
+    """Reads the frames from the cache."""
     return list(cache.frames(clip))
 
 
 def batches(clip: Clip, cache: FrameCache) -> list:
-    """A training item from the cache: frames, random crop and flip."""
+    """Reads a training item from the cache, with a random crop and flip."""
     return list(ClipDataset([clip], cache, augmentation=(0, 0))[0, 0][0])
 
 
-WAYS = {"OpenCV, a seek a frame": opencv, "decode": ours, "cached": cached, "cached, cropped and flipped": batches}
+WAYS = {
+    "OpenCV, a seek a frame": opencv,
+    "decode": ours,
+    "cached": cached,
+    "cached, cropped and flipped": batches,
+}
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children."""
+    """Returns the CPU seconds of this process and its children."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
 def measure(name: str, clips: list[Clip], folder: str) -> dict:
-    """{clips/s, CPU seconds a clip} of one way; the cached ways read each clip several times."""
+    """Returns clips/s and CPU seconds a clip of one way. Cached clips are read several times."""
     import torch
 
     torch.set_num_threads(1)
@@ -81,22 +88,25 @@ def measure(name: str, clips: list[Clip], folder: str) -> dict:
     for clip in clips * repeats:
         assert len(way(clip, cache)) == FRAMES
     count = len(clips) * repeats
-    return {"way": name, "clips/s": count / (time.perf_counter() - started), "CPU s a clip": (cpu_seconds() - cpu) / count}
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    return {"way": name, "clips/s": count / seconds, "CPU s a clip": cpu / count}
 
 
 def usable(clip: Clip) -> bool:
-    """Whether OpenCV and we can both read a clip."""
+    """Whether both OpenCV and engine.frames can read a clip."""
     try:
         return len(opencv(clip, None)) == len(ours(clip, None)) == FRAMES
-    except (ValueError, data.DataError):
+    except (ValueError, DataError):
         return False
 
 
 def main() -> None:
     """Measures each way on the clips of a folder, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", type=Path)
-    found = [Clip(path.name, path, ("a caption",), "train") for path in sorted(parser.parse_args().folder.iterdir())]
+    paths = sorted(parser.parse_args().folder.iterdir())
+    found = [Clip(path.name, path, ("a caption",), "train") for path in paths]
     clips = [clip for clip in found if usable(clip)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -115,9 +125,11 @@ def main() -> None:
         ratios = f"{row['clips/s'] / base['clips/s']:.1f} | {base['CPU s a clip'] / row['CPU s a clip']:.1f}"
         print(f"| {row['way']} | {row['clips/s']:.1f} | {row['CPU s a clip']:.4f} | {ratios} |")
     steps = 1 / (32 * rows[-1]["CPU s a clip"])
-    print(f"\nOne core feeds {steps:.1f} training steps/s of 32 clips from the cache, crops and flips included.")
-    about = dict(machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", clips=len(clips), cache_bytes_a_clip=size)
-    (ROOT / "benchmarks" / "frames.json").write_text(json.dumps({**about, "rows": rows, "steps/s a core": steps}, indent=1) + "\n")
+    print(f"\nOne core loads {steps:.1f} batches of 32 clips a second from the cache, with crops and flips.")
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    about = dict(machine=machine, clips=len(clips), cache_bytes_a_clip=size)
+    content = json.dumps({**about, "rows": rows, "steps/s a core": steps}, indent=1)
+    (ROOT / "benchmarks" / "frames.json").write_text(content + "\n")
 
 
 if __name__ == "__main__":

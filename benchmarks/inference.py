@@ -1,13 +1,15 @@
-"""How fast, and in how much memory, all pairs are scored: evaluate.scores beside the literal form, and beside the products it must do.
+"""Time and memory of scoring all pairs: the fast form, the literal form, and the matrix products alone.
 
-    python benchmarks/inference.py                # the table for N x N pairs: about 5 minutes on 2 cores
-    python benchmarks/inference.py --large        # also MSVD's and MSR-VTT's full sizes and one query against 10^6 videos (13 GB of disk)
+    python benchmarks/inference.py            # N x N pairs: about 5 minutes on 2 cores
+    python benchmarks/inference.py --large    # also full test sets; one query for 10^6 videos (13 GB)
 
-d = 512, T' = 12, M = 20, float32, random features of CLIP's scale, one psi head. Every case runs in a process of its own; memory is the
-growth of its peak beyond features and scores. Writes benchmarks/inference.json and assets/inference.png. Ratios are within one run.
+d = 512, T' = 12, M = 20, float32, random features of CLIP's scale, one head in psi. Each case runs in its own
+process. Memory is the growth of its peak beyond features and scores. Ratios compare cases of one run. Writes
+benchmarks/inference.json and assets/inference.png.
 """
 
 import argparse
+import functools
 import json
 import platform
 import resource
@@ -19,59 +21,56 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.own_process import in_own_process  # noqa: E402
-from evaluate import default_block, noise_bank, retrieval_metrics, scores, scores_literal  # noqa: E402
-from model import Radius, XPool  # noqa: E402
+from engine.metrics import retrieval_metrics  # noqa: E402
+from engine.scoring import default_block, noise_bank, scores  # noqa: E402
+from evaluate import scores_literal  # noqa: E402
+from model import RADII, XPool  # noqa: E402
 
 DIM, FRAMES, M = 512, 12, 20
 
 
 class Heads(torch.nn.Module):
-    """psi and R with random weights: all that scoring needs of a model."""
+    """psi and R with random weights: the parts of a model that scoring uses."""
 
     def __init__(self, radius: str = "linear") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.fusion, self.radius = XPool(DIM), Radius(radius, FRAMES, DIM)
+        self.fusion, self.radius = XPool(DIM), RADII[radius](FRAMES, DIM)
         for parameter in self.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
         self.eval().requires_grad_(False)
 
 
 def literal_blocked(model, text, frames, noise, side: int = 24, own_draws: bool = False) -> torch.Tensor:
-    """The literal form in blocks of side x side pairs, so that it fits memory (24 was the fastest of 8 to 128 on 2 cores)."""
+    """The literal form in blocks of side x side pairs, to fit memory (24 was the fastest of 8 to 128)."""
 
     def block(t, f):
-        eps = torch.randn(M, len(t), len(f), DIM, dtype=t.dtype, device=t.device) if own_draws else noise
-        return scores_literal(model, t, f, eps)
+        if not own_draws:
+            return scores_literal(model, t, f, noise)
+        shape = (M, len(t), len(f), DIM)
+        return scores_literal(model, t, f, torch.randn(shape, dtype=t.dtype, device=t.device))
 
     return torch.cat([torch.cat([block(t, f) for f in frames.split(side)], dim=1) for t in text.split(side)])
 
 
 def literal_drawn(model, text, frames, noise) -> torch.Tensor:
-    """The same as the paper reads, and as the released code does: M fresh draws of d normals for every pair."""
+    """The same with M new draws for every pair, as in the paper and in the released code."""
     return literal_blocked(model, text, frames, noise, own_draws=True)
 
 
 def floor(model, text, frames, noise) -> torch.Tensor:
-    """The bare matrix products that the fast form must do, at its block size, on random operands: nothing else."""
+    """The matrix products of the fast form alone, at its block size, on random numbers."""
     side = int(default_block(DIM, text.device) ** 0.5)
-    pairs, device = side * side, text.device
-    q, key, a = (
-        torch.randn(side, DIM, device=device),
-        torch.randn(side * FRAMES, DIM, device=device),
-        torch.randn(side, side, FRAMES + 2, device=device),
-    )
-    atoms, s, w = (
-        torch.randn(side, FRAMES + 2, DIM, device=device),
-        torch.randn(pairs, FRAMES, device=device),
-        torch.randn(FRAMES, DIM, device=device),
-    )
-    x, e = torch.randn(pairs, DIM, device=device), noise.T.contiguous()
+    pairs, randn = side * side, functools.partial(torch.randn, device=text.device)
+    q, key, a = randn(side, DIM), randn(side * FRAMES, DIM), randn(side, side, FRAMES + 2)
+    atoms, s, w = randn(side, FRAMES + 2, DIM), randn(pairs, FRAMES), randn(FRAMES, DIM)
+    x, e = randn(pairs, DIM), noise.T.contiguous()
     for _ in range(max(1, len(text) * len(frames) // pairs)):
         q @ key.T, q @ key.T, q @ atoms.flatten(0, 1).T  # attention, S, t . v
         a @ atoms, s @ w  # v, R
@@ -81,7 +80,7 @@ def floor(model, text, frames, noise) -> torch.Tensor:
 
 FORMS = {
     "fast": scores,
-    "fast, R of t and v": scores,  # the radius "joint" of the best recipe
+    "fast, R of t and v": scores,  # the radius "joint"
     "bare products": floor,
     "literal, blocked": literal_blocked,
     "literal, blocked, own draws": literal_drawn,
@@ -95,34 +94,38 @@ def peak() -> float:
 
 
 def case(form: str, texts: int, videos: int, device: str, dtype: str) -> dict:
-    """Runs one case in this process: {seconds, GiB}, and what it is."""
-    model = Heads("joint" if form == "fast, R of t and v" else "linear").to(device, getattr(torch, dtype))
+    """Runs a case in this process. Returns what it is, its seconds and its memory in GiB."""
+    to = dict(device=device, dtype=getattr(torch, dtype))
+    model = Heads("joint" if form == "fast, R of t and v" else "linear").to(**to)
     generator = torch.Generator().manual_seed(0)
-    text = (0.45 * torch.randn(texts, DIM, generator=generator)).to(device, getattr(torch, dtype))
-    frames = (0.45 * torch.randn(videos, FRAMES, DIM, generator=generator)).to(device, getattr(torch, dtype))
-    noise = noise_bank(M, DIM, 0).to(device, getattr(torch, dtype))
+    text = (0.45 * torch.randn(texts, DIM, generator=generator)).to(**to)
+    frames = (0.45 * torch.randn(videos, FRAMES, DIM, generator=generator)).to(**to)
+    noise = noise_bank(M, DIM, 0).to(**to)
     with torch.no_grad():
         FORMS[form](model, text[:64], frames[:64], noise)  # warm up
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         before, times = peak(), []
-        while len(times) < 5 and sum(times) < 10:  # the median of five, but for long cases
+        while len(times) < 5 and sum(times) < 10:  # the median of at most five
             started = time.perf_counter()
             out = FORMS[form](model, text, frames, noise)
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
     seconds = statistics.median(times)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak() - before - out.numel() * 4 / 2**30
-    extra = {}
+    if device == "cuda":
+        gib = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        gib = max(0.0, peak() - before - out.numel() * 4 / 2**30)
+    row = dict(form=form, texts=texts, videos=videos, device=device, dtype=dtype, seconds=seconds, gib=gib)
     if texts == videos and form == "fast":
-        extra["R@1"] = retrieval_metrics(out.float(), torch.arange(texts, device=device))["t2v"]["R@1"]
-    return dict(form=form, texts=texts, videos=videos, device=device, dtype=dtype, seconds=seconds, gib=max(0.0, gib), **extra)
+        row["R@1"] = retrieval_metrics(out.float(), torch.arange(texts, device=device))["t2v"]["R@1"]
+    return row
 
 
 def query_case(videos: int, folder: str) -> dict:
-    """One query against float16 features in a memory map."""
+    """Returns the seconds of one query against float16 features in a memory map."""
     path = Path(folder) / "frames.f16"
     part = (0.45 * torch.randn(10_000, FRAMES, DIM)).half().numpy()
     with path.open("wb") as file:
@@ -133,30 +136,29 @@ def query_case(videos: int, folder: str) -> dict:
     scores(model, text, frames[:1000], noise)
     started = time.perf_counter()
     scores(model, text, frames, noise)
-    return dict(form="one query", texts=1, videos=videos, device="cpu", dtype="float16 map", seconds=time.perf_counter() - started, gib=None)
+    about = dict(form="one query", texts=1, videos=videos, device="cpu", dtype="float16 map")
+    return dict(**about, seconds=time.perf_counter() - started, gib=None)
 
 
 def run(function, *arguments) -> dict:
+    """Runs a case in its own process and prints it. Returns its result, {"failed": exit code} without one."""
     row, code = in_own_process(function, *arguments)
     row = row or dict(failed=code)
     if "seconds" in row:
         pairs = row["texts"] * row["videos"]
         memory = "" if row["gib"] is None else f"{row['gib']:7.2f} GiB"
         speed = f"{row['seconds']:8.2f} s {pairs / row['seconds'] / 1e3:9.1f} k pairs/s"
-        print(f"{row['form']:<27} {row['texts']:>6} x {row['videos']:<8} {row['dtype']:<12} {speed} {memory}", flush=True)
+        what = f"{row['form']:<27} {row['texts']:>6} x {row['videos']:<8} {row['dtype']:<12}"
+        print(what, speed, memory, flush=True)
     else:
         print(f"{arguments}: did not finish, exit code {row['failed']}", flush=True)
     return row
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Seconds against pairs, log-log, a line for each form."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    """Draws seconds against pairs, log-log, one line for each form."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
     styles = {
         "literal": ("#d55e00", "s"),
         "literal, blocked, own draws": ("#cc79a7", "v"),
@@ -166,11 +168,13 @@ def plot(rows: list[dict], path: Path) -> None:
         "bare products": ("0.5", "x"),
     }
     for form, (colour, marker) in styles.items():
-        points = sorted(
-            (r["texts"] * r["videos"], r["seconds"]) for r in rows if r.get("form") == form and r["device"] == "cpu" and r["dtype"] == "float32"
-        )
+        found = [row for row in rows if row.get("form") == form and row["device"] == "cpu"]
+        found = [row for row in found if row["dtype"] == "float32"]
+        points = sorted((row["texts"] * row["videos"], row["seconds"]) for row in found)
         axis.plot(*zip(*points), color=colour, marker=marker, label=form)
-    axis.set(xscale="log", yscale="log", xlabel="text-video pairs (d = 512, T' = 12, M = 20)", ylabel="seconds")
+    axis.set(
+        xlabel="text-video pairs (d = 512, T' = 12, M = 20)", ylabel="seconds", xscale="log", yscale="log"
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -178,8 +182,10 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     """Runs the cases, prints their ratios, writes the JSON and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="also the sizes of MSVD and MSR-VTT (full test), and one query against 10^6 videos")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    large = "also the sizes of MSVD and MSR-VTT (full test), and one query against 10^6 videos"
+    parser.add_argument("--large", action="store_true", help=large)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1000])
     args = parser.parse_args()
     rows = []
@@ -190,7 +196,7 @@ def main() -> None:
                 continue
             rows.append(run(case, form, n, n, "cpu", "float32"))
     if args.large:
-        rows += [run(case, "fast", 10_000, videos, "cpu", "float32") for videos in (10, 100, 1000)]  # 10^5, 10^6, 10^7 pairs
+        rows += [run(case, "fast", 10_000, videos, "cpu", "float32") for videos in (10, 100, 1000)]
         rows.append(run(case, "fast", 27_763, 670, "cpu", "float32"))
         rows.append(run(case, "fast", 59_800, 2_990, "cpu", "float32"))
         with tempfile.TemporaryDirectory() as folder:
@@ -201,16 +207,18 @@ def main() -> None:
     else:
         print("CUDA: not run (no device)")
 
-    seconds = {(r["form"], r["texts"]): r["seconds"] for r in rows if r.get("device") == "cpu" and r["texts"] == r["videos"]}
+    square = [row for row in rows if row.get("device") == "cpu" and row["texts"] == row["videos"]]
+    seconds = {(row["form"], row["texts"]): row["seconds"] for row in square}
     for n in args.sizes:
-        drawn, shared = (seconds[form, n] / seconds["fast", n] for form in ("literal, blocked, own draws", "literal, blocked"))
-        print(f"N = {n}: fast takes 1/{drawn:.0f} of the literal blocked form's time with each pair's own draws (as the paper reads), "
-              f"1/{shared:.0f} with shared draws, and {seconds['fast', n] / seconds['bare products', n]:.2f} times the bare products'")  # fmt: skip
-    about = dict(
-        machine=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        command=" ".join(sys.argv),
-    )
-    (ROOT / "benchmarks" / "inference.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        fast = seconds["fast", n]
+        own, shared = (seconds[f"literal, blocked{draws}", n] / fast for draws in (", own draws", ""))
+        literal = f"1/{own:.0f} of the literal blocked form's time with own draws for each pair (the paper)"
+        products = f"{fast / seconds['bare products', n]:.2f} times the bare products'"
+        print(f"N = {n}: fast takes {literal}, 1/{shared:.0f} with shared draws, and {products}")
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    about = dict(machine=f"{cpu}, torch {torch.__version__}", command=" ".join(sys.argv))
+    content = json.dumps({**about, "rows": rows}, indent=1)
+    (ROOT / "benchmarks" / "inference.json").write_text(content + "\n")
     plot([row for row in rows if "seconds" in row], ROOT / "assets" / "inference.png")
 
 

@@ -1,4 +1,4 @@
-"""A case of a benchmark in a process of its own: its memory is its own, and where it is killed the other cases go on."""
+"""Runs a benchmark case in its own process, to measure its memory and to outlive it if it is killed."""
 
 import multiprocessing
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def in_own_process(function: Callable, *arguments) -> tuple[object, int | None]:
-    """(what the function returns, exit code of the process); (None, exit code) where it failed. The function is one of a module's own, by name."""
+    """Calls a module-level function in a new process. Returns its result (None if it failed), exit code."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_send, args=(queue, function, arguments))

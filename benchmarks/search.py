@@ -1,11 +1,12 @@
-"""How fast a library answers, what its shortlist misses, and how fast clips go in.
+"""How fast a library answers, what its shortlist misses, and how fast clips are indexed.
 
-    python benchmarks/search.py                   # 10^3 to 10^5 synthetic clips, and indexing: about 15 minutes on 2 cores
-    python benchmarks/search.py --sizes 1000000 --dim 128 --frames 4          # one more row: smaller clips, so that they fit this memory
+    python benchmarks/search.py     # 10^3 to 10^5 synthetic clips, and indexing: about 15 minutes on 2 cores
+    python benchmarks/search.py --sizes 1000000 --dim 128 --frames 4    # smaller clips, to fit in memory
 
-Synthetic clips stand in for a large library: three scenes a clip, each one of 2,000 topics plus noise; a query is a topic plus noise. psi and
-R are the identity plus noise, M = 20. A library is a local file (milvus-lite, which keeps all of it in memory), opened by a process of its own.
-Rows of the same kind are replaced in benchmarks/search.json, others stay.
+Synthetic clips stand in for a large library. A clip has three scenes; each is one of 2,000 topics plus noise.
+A query is a topic plus noise. psi and R are their initial values plus noise; M = 20. The library is a local
+file, which milvus-lite keeps in memory; a separate process opens it. Rows of the same sizes are replaced in
+benchmarks/search.json; other rows stay.
 """
 
 import argparse
@@ -28,50 +29,58 @@ sys.path.insert(0, str(ROOT))
 import search  # noqa: E402
 import shapes  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
-from model import TINY, TMASS, _import_clip, save_checkpoint  # noqa: E402
+from engine.backbone import TINY, import_clip  # noqa: E402
+from engine.checkpoint import save_checkpoint  # noqa: E402
+from engine.library import Library, identity, overall  # noqa: E402
+from model import TMASS  # noqa: E402
+from search import IndexConfig, SearchConfig, Searcher, recall  # noqa: E402
 
 TOPICS, QUERIES = 2000, 20
 
 
 def random_model(dim: int, frames: int) -> TMASS:
-    """A T-MASS whose CLIP is tiny and random, and whose psi and R are their start plus noise."""
+    """A T-MASS with a tiny, random CLIP; psi and R are their initial values plus noise."""
     torch.manual_seed(0)
-    model = TMASS(_import_clip().model.CLIP(**{**TINY, "embed_dim": dim}).float(), "tmass", frames)
+    clip = import_clip().model.CLIP(**{**TINY, "embed_dim": dim}).float()
+    model = TMASS(clip, fusion="xpool", radius="linear", num_frames=frames)
     for parameter in (*model.fusion.parameters(), *model.radius.parameters()):
         parameter.data += 0.02 * torch.randn_like(parameter)
     return model.eval()
 
 
-def synthetic(count: int, dim: int, frames: int, topics: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def synthetic(count: int, frames: int, topics: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Features (count, frames, dim) of clips of three scenes."""
     scenes = torch.randint(TOPICS, (count, 3), generator=generator)[:, torch.arange(frames) * 3 // frames]
-    noise = 0.3 * torch.randn(count, 1, dim, generator=generator) + 0.3 * torch.randn(count, frames, dim, generator=generator)
-    return topics[scenes] + noise
+    dim = topics.shape[1]
+    of_clip = torch.randn(count, 1, dim, generator=generator)
+    of_frame = torch.randn(count, frames, dim, generator=generator)
+    return topics[scenes] + 0.3 * of_clip + 0.3 * of_frame
 
 
 def fill(where: str, clips: int, dim: int, frames: int, folder: str) -> float:
-    """Makes a library of synthetic clips; returns clips written a second."""
+    """Creates a library of synthetic clips; returns the clips written per second."""
     model, generator = random_model(dim, frames), torch.Generator().manual_seed(1)
     checkpoint = Path(folder) / f"{dim}-{frames}.pt"
     save_checkpoint(checkpoint, model)
     topics = 0.45 * torch.randn(TOPICS, dim, generator=generator)
-    library = search.Library(where, create=True)
-    library.describe({"folder": folder, "source": {"checkpoint": str(checkpoint)}, "model": search.identity(model), "cut": "whole", "dim": dim}, dim)
+    library, source = Library(where, create=True), {"checkpoint": str(checkpoint)}
+    about = {"folder": folder, "source": source, "model": identity(model), "cut": "whole", "dim": dim}
+    library.describe(about)
     library.finish({"synthetic.mp4": {"source": "none", "clips": clips, "error": None}})
     key, seconds = library.key("synthetic.mp4"), 0.0
     for first in range(0, clips, 1000):
         ids = [(f"{key}-{n}", float(n), float(n + 1)) for n in range(first, min(first + 1000, clips))]
-        features = synthetic(len(ids), dim, frames, topics, generator)
+        features = synthetic(len(ids), frames, topics, generator)
         started = time.perf_counter()
-        library.add(ids, search.overall(model, features), features, [b""] * len(ids))
+        library.add(ids, overall(model, features), features, [b""] * len(ids))
         seconds += time.perf_counter() - started
     return clips / seconds
 
 
 def ask(where: str, dim: int) -> dict:
-    """Opens a library and asks it; times are medians over the queries."""
+    """Opens a library and queries it. Times are medians over the queries, in seconds."""
     started = time.perf_counter()
-    searcher = search.Searcher(search.Library(where))
+    searcher = Searcher(SearchConfig(where))
     searcher.whole  # noqa: B018
     opened = time.perf_counter() - started
     generator = torch.Generator().manual_seed(1)
@@ -79,17 +88,17 @@ def ask(where: str, dim: int) -> dict:
     queries = topics[:QUERIES] + 0.3 * torch.randn(QUERIES, dim, generator=generator)
     searcher.text = lambda captions: torch.stack([queries[int(caption)] for caption in captions])
     names, times = [str(n) for n in range(QUERIES)], {"query": [], "shortlist": []}
-    searcher.search("0"), searcher.library.nearest(queries[0], search.SHORTLIST, features=False)  # warm up
+    searcher.search("0"), searcher.library.nearest_ids(queries[0], search.SHORTLIST)  # warm up
     for n, name in enumerate(names):
         started = time.perf_counter()
         searcher.search(name)
         times["query"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        searcher.library.nearest(queries[n], search.SHORTLIST, features=False)
+        searcher.library.nearest_ids(queries[n], search.SHORTLIST)
         times["shortlist"].append(time.perf_counter() - started)
     whole = searcher.whole is not None
     started = time.perf_counter()
-    found = search.recall(searcher, names, [100, search.SHORTLIST])
+    found = recall(searcher, names, [100, search.SHORTLIST])
     return {
         "open": opened,
         **{name: statistics.median(seconds) for name, seconds in times.items()},
@@ -103,25 +112,28 @@ def ask(where: str, dim: int) -> dict:
 
 
 def index(folder: Path, clips: int, arch: str) -> float:
-    """Clips that `search.py index` encodes a second, of the built-in clips."""
+    """The clips per second that `search.py index` encodes; the clips are built-in ones."""
     if arch == "tiny":
         save_checkpoint(folder / "tiny.pt", random_model(256, 12))
         options = {"checkpoint": folder / "tiny.pt"}
     else:
         torch.manual_seed(0)
-        sizes = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32, context_length=77)
-        sizes |= dict(vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12)
-        torch.save(_import_clip().model.CLIP(**sizes).state_dict(), folder / "vit.pt")
+        sizes = dict(
+            embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32
+        )
+        sizes |= dict(context_length=77, vocab_size=49408)
+        sizes |= dict(transformer_width=512, transformer_heads=8, transformer_layers=12)
+        torch.save(import_clip().model.CLIP(**sizes).state_dict(), folder / "vit.pt")
         options = {"arch": "ViT-B/32", "weights": folder / "vit.pt"}
     (folder / arch[:3]).mkdir()
     shapes._render_clips((folder / arch[:3], 0, range(clips)))
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        search.index(folder / arch[:3], str(folder / f"{arch[:3]}.db"), **options)
+        search.index(IndexConfig(folder / arch[:3], str(folder / f"{arch[:3]}.db"), **options))
     return float(out.getvalue().split("(")[1].split(" clips/s")[0])
 
 
 def run(function, *arguments):
-    """What a function returns in a process of its own; ends the program where it failed."""
+    """The result of a function in a separate process. Ends the program if it failed."""
     answer, code = in_own_process(function, *arguments)
     if answer is None:
         sys.exit(f"{function.__name__}{arguments}: failed, exit code {code}")
@@ -130,7 +142,9 @@ def run(function, *arguments):
 
 def main() -> None:
     """Runs the cases, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="*", default=[10**3, 10**4, 10**5])
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--frames", type=int, default=12)
@@ -142,9 +156,11 @@ def main() -> None:
     for clips in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             where = str(Path(folder) / "library.db")
-            row = {"clips": clips, "dim": args.dim, "frames": args.frames, "written a second": run(fill, where, clips, args.dim, args.frames, folder)}
+            row = {"clips": clips, "dim": args.dim, "frames": args.frames}
+            row["written a second"] = run(fill, where, clips, args.dim, args.frames, folder)
             row |= run(ask, where, args.dim)
-            row["disk GiB"] = sum(file.stat().st_size for file in Path(where).rglob("*") if file.is_file()) / 2**30
+            files = [file for file in Path(where).rglob("*") if file.is_file()]
+            row["disk GiB"] = sum(file.stat().st_size for file in files) / 2**30
         same = ("clips", "dim", "frames")
         rows = [row, *(old for old in content["rows"] if any(old[name] != row[name] for name in same))]
         content["rows"] = sorted(rows, key=lambda row: row["clips"])
@@ -156,14 +172,16 @@ def main() -> None:
                 content["index"][arch] = run(index, Path(folder), clips, arch)
         path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"index, clips/s: {content['index']}")
-    print("\n| clips | T' x d | open | query | of it, shortlist | everything (of 20 at once) | recall@10 of 100 | of 1,000 | memory | disk |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    columns = ["clips", "T' x d", "open", "query", "of it, shortlist", "everything (of 20 at once)"]
+    columns += ["recall@10 of 100", "of 1,000", "memory", "disk"]
+    print(f"\n| {' | '.join(columns)} |\n|{'---:|' * len(columns)}")
     for row in content["rows"]:
-        print(
-            f"| {row['clips']:,} | {row['frames']} x {row['dim']} | {row['open']:.1f} s | {row['query'] * 1000:.0f} ms | "
-            f"{'-' if row['scored whole'] else format(row['shortlist'] * 1000, '.0f') + ' ms'} | {row['scoring everything, a query']:.2f} s | "
-            f"{row['recall@10, shortlist 100']:.3f} | {row['recall@10, shortlist 1000']:.3f} | {row['GiB']:.1f} GiB | {row['disk GiB']:.2f} GiB |"
-        )
+        shortlist = "-" if row["scored whole"] else f"{row['shortlist'] * 1000:.0f} ms"
+        cells = [f"{row['clips']:,}", f"{row['frames']} x {row['dim']}", f"{row['open']:.1f} s"]
+        cells += [f"{row['query'] * 1000:.0f} ms", shortlist, f"{row['scoring everything, a query']:.2f} s"]
+        cells += [f"{row[f'recall@10, shortlist {size}']:.3f}" for size in (100, 1000)]
+        cells += [f"{row['GiB']:.1f} GiB", f"{row['disk GiB']:.2f} GiB"]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

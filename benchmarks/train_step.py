@@ -1,12 +1,15 @@
-"""How fast a training step is, and in how much memory: train.train_step beside a plain step of the same model, and stage by stage.
+"""Time and memory of a training step: train.train_step, and a plain step of the same model; its stages.
 
-    python benchmarks/train_step.py               # the tiny CLIP on the CPU; ViT-B/32 and ViT-B/16 too where there is a CUDA GPU
+    python benchmarks/train_step.py       # the tiny CLIP on the CPU; on CUDA also ViT-B/32 and ViT-B/16
 
-T-MASS with random weights, all of it trained, 32 pairs of 12 frames. The plain step is what the released code does: float32, eager, attention
-written out, AdamW without fusion, the loss read back in each step. FLOPs of the model (products and convolutions, forward and backward) are
-counted by torch on the plain step; their share of the device's peak is its model-FLOP utilisation (MFU). The peak is the maker's for dense bf16 where
-PEAKS knows the GPU, else what a large product of matrices reaches in this run. Every case runs in a process of its own; memory is the peak
-beyond what is there before the first step on the CPU, and all of it on CUDA. Ratios are within one run. Writes benchmarks/train_step.json.
+T-MASS with random weights, all of it trained, 32 pairs of 12 frames. The plain step is that of the released
+code: float32, eager, attention written out, unfused AdamW, the loss read back in each step. torch counts the
+FLOPs (products and convolutions, forward and backward) on the plain step. FLOPs per second over the peak of
+the device are its model-FLOP utilisation (MFU). The peak is the data sheet's for dense bf16 if PEAKS has the
+GPU, else that of a large matrix product in this run.
+
+Each case runs in its own process. Memory is the growth of the peak from before the first step on the CPU, and
+the whole peak on CUDA. Ratios compare cases of one run. Writes benchmarks/train_step.json.
 """
 
 import argparse
@@ -34,45 +37,63 @@ import data  # noqa: E402
 import shapes  # noqa: E402
 import train  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
-from model import TMASS, _import_clip, load_clip  # noqa: E402
-from train import Config, State, head_loss, train_mode, train_step  # noqa: E402
+from engine.backbone import import_clip, load_clip  # noqa: E402
+from engine.config import Config, preset  # noqa: E402
+from engine.datasets import Clip  # noqa: E402
+from engine.frames import FrameCache  # noqa: E402
+from engine.optim import TrainState, compile_encoders, train_mode  # noqa: E402
+from model import TMASS  # noqa: E402
 
 BATCH, FRAMES, MICRO = 32, 12, 8
-SECONDS = 8  # a case is timed for about so long
-VIT = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, context_length=77, vocab_size=49408,
-           transformer_width=512, transformer_heads=8, transformer_layers=12)  # fmt: skip
-# Dense bf16 products with float32 sums, FLOP/s, by the maker's data sheets; the first name that is part of the GPU's counts.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
-         "L4": 121e12, "RTX 4090": 165e12}  # fmt: skip
-# The steps that are compared: the flags of train.py that each has. (On the CPU nothing is compiled.)
-STEPS = {"plain": {}, "train_step": {}, "train_step --compile off": dict(compile="off"), f"train_step --micro-batch {MICRO}": dict(micro_batch=MICRO)}
+SECONDS = 8  # a case is timed for about this long
+VIT = dict(
+    embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, context_length=77,
+    vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12,
+)  # fmt: skip
+# Dense bf16 products with float32 sums, FLOP/s, by the data sheets. The first name in the GPU's own counts.
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+}  # fmt: skip
+# The steps that are compared, with their flags of train.py. Nothing is compiled on the CPU.
+STEPS = {
+    "plain": {},
+    "train_step": {},
+    "train_step --compile off": dict(compile="off"),
+    f"train_step --micro-batch {MICRO}": dict(micro_batch=MICRO),
+}
 
 
 def build(arch: str) -> TMASS:
-    """T-MASS with random weights at the sizes of an arch."""
+    """Returns T-MASS with random weights at the sizes of an arch."""
     torch.manual_seed(0)
-    clip = load_clip("tiny") if arch == "tiny" else _import_clip().model.CLIP(**VIT, vision_patch_size=int(arch.split("/")[1])).float()
-    return TMASS(clip, "tmass", FRAMES)
+    if arch == "tiny":
+        return TMASS(load_clip("tiny"), num_frames=FRAMES)
+    patch = int(arch.split("/")[1])
+    return TMASS(import_clip().model.CLIP(**VIT, vision_patch_size=patch).float(), num_frames=FRAMES)
 
 
 def config_of(arch: str, batch: int, **options) -> Config:
-    """What train.py would train an arch with, all of CLIP included."""
-    base = train.preset("shapes" if arch == "tiny" else "msrvtt", "tmass", "paper")
-    return replace(base, arch=arch, batch=batch, num_frames=FRAMES, freeze="none", augment=True, **options)
+    """Returns the config of train.py for an arch, with the paper's recipe and all of CLIP trained."""
+    base = preset("shapes" if arch == "tiny" else "msrvtt", "tmass", "paper")
+    own = dict(arch=arch, batch=batch, num_frames=FRAMES, freeze="none", augment=True)
+    return replace(base, **own, **options)
 
 
 def random_batch(model: TMASS, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images and tokens of a batch, on the device."""
+    """Returns images and tokens of a batch, on the device."""
     size, length = model.resolution, model.clip.context_length
-    return (torch.randint(0, 256, (batch, FRAMES, 3, size, size), dtype=torch.uint8).to(device),
-            torch.randint(1, 49407, (batch, length)).to(device))  # fmt: skip
+    images = torch.randint(0, 256, (batch, FRAMES, 3, size, size), dtype=torch.uint8)
+    return images.to(device), torch.randint(1, 49407, (batch, length)).to(device)
 
 
-def plain_step(model: TMASS, optimizer: torch.optim.Optimizer, images: Tensor, tokens: Tensor, config: Config) -> float:
-    """A step as the released code makes it; the same loss as train_step's."""
+def plain_step(
+    model: TMASS, optimizer: torch.optim.Optimizer, images: Tensor, tokens: Tensor, config: Config
+) -> float:
+    """Takes a step as the released code does. Returns the same loss as train_step."""
     with sdpa_kernel(SDPBackend.MATH):
         text, frames = model.encode_text(tokens), model.encode_frames(data.normalise(images))
-        loss, _ = head_loss(model, text, frames, config)
+        loss, _ = train.forward(model, text, frames, config)
         optimizer.zero_grad()
         loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -80,27 +101,36 @@ def plain_step(model: TMASS, optimizer: torch.optim.Optimizer, images: Tensor, t
     return loss.item()
 
 
-def stepper(name: str, model: TMASS, config: Config, device: torch.device) -> tuple[Callable[[Tensor, Tensor], object], State | None]:
-    """A function that makes one step of a kind (of STEPS) on a batch; for train_step its state too."""
+def stepper(
+    name: str, model: TMASS, config: Config, device: torch.device
+) -> tuple[Callable[[Tensor, Tensor], object], TrainState | None]:
+    """Returns a function that takes one step of a kind (of STEPS) on a batch, and its state (plain: None)."""
     train_mode(model, config)
     if name == "plain":
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-6, weight_decay=config.weight_decay, foreach=False, fused=False)
+        options = dict(weight_decay=config.weight_decay, foreach=False, fused=False)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-6, **options)
         return lambda images, tokens: plain_step(model, optimizer, images, tokens, config), None
     if device.type == "cuda":
         model.clip.visual.to(memory_format=torch.channels_last)
-    train.compile_encoders(model, config.compile)
-    state = State(model, config, total=10_000)
-    return lambda images, tokens: train_step(state, images, tokens, config, len(tokens)), state
+    compile_encoders(model, config.compile)
+    state, encoder = TrainState(model, config, total=10_000), train.Encoder(model, config)
+
+    def step(images: Tensor, tokens: Tensor) -> object:
+        return train.train_step(state, encoder, images, tokens, config, len(tokens))
+
+    return step, state
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds_a_step(step: Callable[[], object], device: torch.device, warm_up: int, seconds: float = SECONDS) -> float:
-    """The median over rounds of steps; a GPU is waited for at the end of a round only."""
+def seconds_a_step(
+    step: Callable[[], object], device: torch.device, warm_up: int, seconds: float = SECONDS
+) -> float:
+    """Returns the median over rounds. A GPU is waited for only at the end of a round (10 steps)."""
     for _ in range(warm_up):
         step()
     synchronize(device)
@@ -115,7 +145,7 @@ def seconds_a_step(step: Callable[[], object], device: torch.device, warm_up: in
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """The device's FLOP/s, and where the number is from."""
+    """Returns the peak FLOP/s of a device, and the source of the number."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in PEAKS.items():
@@ -124,18 +154,19 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=kind)
     peak = 2 * size**3 / seconds_a_step(lambda: a @ b, device, 2, seconds=3)
-    return peak, f"{device.type}: {peak / 1e12:.3g} TFLOP/s, measured, {size} x {size} {str(kind).removeprefix('torch.')} product"
+    what = f"{size} x {size} {str(kind).removeprefix('torch.')} product"
+    return peak, f"{device.type}: {peak / 1e12:.3g} TFLOP/s, measured, {what}"
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """Of products and convolutions in one step."""
+    """Returns the FLOPs of the products and convolutions in one step."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def resident(peak: bool) -> float:
-    """Memory of this process, GiB: its peak so far, or now."""
+    """Returns the memory of this process in GiB: its peak so far, or now."""
     if peak:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -143,19 +174,20 @@ def resident(peak: bool) -> float:
 
 
 def measure(arch: str, device: torch.device, name: str, batch: int) -> dict:
-    """{clips/s, steps/s, GiB, FLOPs} of one kind of step."""
+    """Returns batch, steps/s, clips/s, memory in GiB and FLOPs of one kind of step."""
     model = build(arch).to(device)
     images, tokens = random_batch(model, batch, device)
     before = resident(peak=False)
     step, _ = stepper(name, model, config_of(arch, batch, **STEPS[name]), device)
     flops = count_flops(lambda: step(images, tokens)) if name == "plain" else None
     seconds = seconds_a_step(lambda: step(images, tokens), device, warm_up=2)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resident(peak=True) - before
+    cuda = device.type == "cuda"
+    gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else resident(peak=True) - before
     return {"batch": batch, "steps/s": 1 / seconds, "clips/s": batch / seconds, "gib": gib, "flops": flops}
 
 
 def case(arch: str, device: str, name: str) -> dict:
-    """What `measure` finds; where the GPU's memory is too small, with half the batch, and so on."""
+    """Returns what `measure` finds. Halves the batch until it fits the memory of the GPU."""
     batch, found = BATCH, None
     while found is None:
         try:
@@ -169,7 +201,7 @@ def case(arch: str, device: str, name: str) -> dict:
 
 
 def peak_case(device: str) -> dict:
-    """The peak of a device."""
+    """Returns the peak of a device, {"peak", "about"}."""
     return dict(zip(("peak", "about"), peak_flops(torch.device(device))))
 
 
@@ -177,13 +209,13 @@ STAGES = ("data", "encode text", "encode frames", "fuse", "loss", "backward", "o
 
 
 class StageClock:
-    """Seconds of each stage, by waiting for the device before and after it."""
+    """Sums up the seconds of each stage; waits for the device before and after it."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, defaultdict(float)
 
     def timed(self, stage: str, function: Callable) -> Callable:
-        """The function, with its time added to a stage."""
+        """Returns the function, with its time added to a stage."""
 
         def run(*arguments, **keywords):
             started = self.now()
@@ -194,30 +226,36 @@ class StageClock:
         return run
 
     def now(self) -> float:
-        """The time when all that was asked of the device is done."""
+        """Returns the time once the device is idle."""
         synchronize(self.device)
         return time.perf_counter()
 
-    def watch(self, model: TMASS, state: State) -> None:
-        """Puts the clock around what train_step calls: so the step that is measured is train.py's own."""
+    def watch(self, model: TMASS, state: TrainState) -> None:
+        """Times the functions that train_step calls, so the measured step is that of train.py."""
         model.encode_text = self.timed("encode text", model.encode_text)
         model.encode_frames = self.timed("encode frames", model.encode_frames)
         model.fusion.forward = self.timed("fuse", model.fusion.forward)
         model.radius.forward = self.timed("fuse", model.radius.forward)
-        for name, stage in (("draw_noise", "fuse"), ("stochastic_text", "fuse"), ("support_text", "fuse"), ("tmass_loss", "loss")):
+        stages = dict.fromkeys(("sample_noise", "stochastic_text", "support_text"), "fuse")
+        stages |= dict.fromkeys(("cosine_scores", "tmass_loss"), "loss")
+        for name, stage in stages.items():
             setattr(train, name, self.timed(stage, getattr(train, name)))
         torch.Tensor.backward = self.timed("backward", torch.Tensor.backward)
         nn.utils.clip_grad_norm_ = self.timed("optimizer", nn.utils.clip_grad_norm_)
-        for part, name in ((state.scaler, "unscale_"), (state.scaler, "step"), (state.scaler, "update"), (state.guard, "look")):
+        methods = dict.fromkeys(("unscale_", "step", "update"), state.scaler)
+        methods["after_backward"] = state.guard
+        for name, part in methods.items():
             setattr(part, name, self.timed("optimizer", getattr(part, name)))
 
 
 def stages_case(arch: str, device: str, folder: str) -> dict:
-    """Sends {stage: milliseconds, the median over steps} of train_step back; data: its batch from the cache, by one process (built-in clips)."""
+    """Returns {stage: milliseconds} of train_step, the median over steps.
+
+    data: loading a batch of built-in clips from the cache, by one process."""
     where, config = torch.device(device), config_of(arch, BATCH)
-    model = build(arch).to(where)
-    clips = [data.Clip(path.name, path, ("a red square rolls to the left",), "train") for path in sorted(Path(folder).glob("*.mp4"))]
-    cache = data.FrameCache(Path(folder) / "cache", FRAMES, model.resolution)
+    model, caption = build(arch).to(where), ("a red square rolls to the left",)
+    clips = [Clip(path.name, path, caption, "train") for path in sorted(Path(folder).glob("*.mp4"))]
+    cache = FrameCache(Path(folder) / "cache", FRAMES, model.resolution)
     assert cache.fill(clips) == {}
     dataset = data.ClipDataset(clips, cache, model.clip.context_length, augmentation=(0, 0))
     step, state = stepper("train_step", model, config, where)
@@ -238,11 +276,12 @@ def stages_case(arch: str, device: str, folder: str) -> dict:
         step(*clock.timed("data", load)())
         total = clock.now() - started
         steps.append({**clock.seconds, "other": total - sum(clock.seconds.values())})
-    return dict(arch=arch, device=device, ms={stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in STAGES})
+    ms = {stage: 1e3 * statistics.median(step[stage] for step in steps) for stage in STAGES}
+    return dict(arch=arch, device=device, ms=ms)
 
 
 def run(function: Callable, *arguments) -> dict | None:
-    """What a case finds in a process of its own, None where it failed."""
+    """Runs a case in its own process. Returns what it finds, None if it failed."""
     row, code = in_own_process(function, *arguments)
     if row is None:
         print(f"{function.__name__}{arguments}: failed, exit code {code}", flush=True)
@@ -250,27 +289,31 @@ def run(function: Callable, *arguments) -> dict | None:
 
 
 def compare(arch: str, device: str, peak: float) -> list[dict]:
-    """The steps of an arch, as a table and as rows. The plain one and ours take turns, twice, and the faster run counts: other work on the
-    machine then hurts both."""
+    """Returns and prints the steps of an arch.
+
+    The plain step and ours take turns, twice, and the faster run counts: other load then affects both."""
     names = [name for name in STEPS if device == "cuda" or "compile" not in name]
     found = [row for row in (run(case, arch, device, name) for name in [*names[:2], *names]) if row]
-    rows = [max((row for row in found if row["step"] == name), key=lambda row: row["clips/s"], default=None) for name in names]
-    rows = [row for row in rows if row]
+    runs = {name: [row for row in found if row["step"] == name] for name in names}
+    rows = [max(same, key=lambda row: row["clips/s"]) for same in runs.values() if same]
     plain = next((row for row in rows if row["step"] == "plain"), None)
     flops = plain["flops"] / plain["batch"] if plain else float("nan")
     print(f"\n{arch} on {device}, {BATCH} x {FRAMES} frames, {flops * BATCH / 1e12:.3g} TFLOP a step\n")
     print("| step | steps/s | clips/s | ratio | peak memory, GiB | MFU, % |\n|---|---:|---:|---:|---:|---:|")
     for row in rows:
-        row["ratio"], row["mfu"] = row["clips/s"] / plain["clips/s"] if plain else None, 100 * flops * row["clips/s"] / peak
-        name = row["step"] + (f", batch {row['batch']} (out of memory with more)" if row["batch"] < BATCH else "")
+        row["ratio"] = row["clips/s"] / plain["clips/s"] if plain else None
+        row["mfu"] = 100 * flops * row["clips/s"] / peak
+        smaller = f", batch {row['batch']} (out of memory with more)" if row["batch"] < BATCH else ""
         ratio = f"{row['ratio']:.2f}" if plain else "-"
-        print(f"| {name} | {row['steps/s']:.2f} | {row['clips/s']:.1f} | {ratio} | {row['gib']:.2f} | {row['mfu']:.1f} |", flush=True)
+        speed = f"{row['steps/s']:.2f} | {row['clips/s']:.1f} | {ratio}"
+        print(f"| {row['step']}{smaller} | {speed} | {row['gib']:.2f} | {row['mfu']:.1f} |", flush=True)
     return rows
 
 
 def main() -> None:
     """Measures, prints the tables, writes the JSON."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     devices = {"cpu": ("tiny",), "cuda": ("ViT-B/32", "ViT-B/16")}
     rows, stages, peaks = [], [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -287,10 +330,12 @@ def main() -> None:
     for row in filter(None, stages):
         total = sum(row["ms"].values())
         print(f"\n{row['arch']} on {row['device']}, a step by stages\n\n| stage | ms | % |\n|---|---:|---:|")
-        print("\n".join(f"| {stage} | {ms:.1f} | {100 * ms / total:.0f} |" for stage, ms in row["ms"].items()))
-    about = dict(machine=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-                 command=" ".join(sys.argv), peaks=peaks)  # fmt: skip
-    (ROOT / "benchmarks" / "train_step.json").write_text(json.dumps({**about, "rows": rows, "stages": stages}, indent=1) + "\n")
+        for stage, ms in row["ms"].items():
+            print(f"| {stage} | {ms:.1f} | {100 * ms / total:.0f} |")
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    about = dict(machine=f"{cpu}, torch {torch.__version__}", command=" ".join(sys.argv), peaks=peaks)
+    content = json.dumps({**about, "rows": rows, "stages": stages}, indent=1)
+    (ROOT / "benchmarks" / "train_step.json").write_text(content + "\n")
 
 
 if __name__ == "__main__":

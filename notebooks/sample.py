@@ -1,10 +1,11 @@
-"""A trained T-MASS small enough to ship (assets/tiny.npz, under 2 MB), and the built-in clips to try it on: no run, no download needed.
+"""A trained T-MASS small enough to ship (assets/tiny.npz, under 2 MB), and built-in clips to try it on.
 
-    python notebooks/sample.py runs/shapes-tiny-tmass-paper      # make sample: how assets/tiny.npz is made from a run of `make demo`
+    python notebooks/sample.py runs/shapes-tiny-tmass-paper     # make sample: packs a run of `make demo`
 
-The file holds the whole model: matrices in 8 bits with one scale a row, vectors in float16, and of the 49,408 word embeddings only those that
-the captions of the built-in clips use (the others are zero here: this model knows no other words). Pictures and captions are not stored:
-shapes.py draws them again, without the video compression that the model saw in training.
+The file holds the whole model: matrices with 8 bits a value and one scale for each row, vectors in float16,
+and only those of the 49,408 word embeddings that the built-in captions use. The other embeddings are zero, so
+this model knows no other words. Pictures and captions are not stored. shapes.py draws the pictures again,
+without the video compression that the model saw in training.
 """
 
 import csv
@@ -23,15 +24,16 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import shapes
-from evaluate import Features, open_checkpoint
-from model import TMASS, build_from_checkpoint
+from engine.checkpoint import build_from_checkpoint, open_checkpoint
+from engine.features import Features
+from model import TMASS
 
 FILE = ROOT / "assets" / "tiny.npz"
 WORDS = "clip.token_embedding.weight"
 
 
 def load() -> TMASS:
-    """The trained tiny T-MASS, in eval mode; `model.about` says what it was trained with."""
+    """The trained tiny T-MASS, in eval mode. `model.about` holds the config it was trained with."""
     with np.load(FILE) as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "about"}
         about = json.loads(file["about"].item())
@@ -41,40 +43,50 @@ def load() -> TMASS:
             state[name] = values.float() * arrays[f"{name}.scale"] if f"{name}.scale" in arrays else values
     words = torch.zeros(about["vocabulary"], state[WORDS].shape[1])
     words[arrays[f"{WORDS}.rows"]] = state[WORDS]
-    model = build_from_checkpoint({"model": {**state, WORDS: words}, "arguments": about["arguments"]}, FILE).requires_grad_(False)
+    content = {"model": {**state, WORDS: words}, "arguments": about["arguments"]}
+    model = build_from_checkpoint(content, FILE).requires_grad_(False)
     model.about = about
     return model
 
 
 def clips(count: int = 100) -> list[shapes.ShapesClip]:
-    """The first clips of the built-in test split: scenes, lengths and captions. Pictures of one: `pictures(clip)`."""
+    """The first clips of the built-in test split: scenes, lengths, captions. `pictures(clip)` draws one."""
     first = sum(shapes.SPLITS.values()) - shapes.SPLITS["test"]
     return [shapes.make_clip(0, first + k) for k in range(count)]
 
 
 def pictures(clip: shapes.ShapesClip, num_frames: int = 12) -> np.ndarray:
-    """The frames that stand for a clip, drawn: uint8 (frames, height, width, 3)."""
-    moments = [(scene, (k + 0.5) / length) for scene, length in zip(clip.scenes, clip.lengths) for k in range(length)]
-    return np.stack([np.asarray(shapes.draw_frame(*moments[k])) for k in data.segment_midpoints(len(moments), num_frames)])
+    """Draws the frames that the model sees of a clip: uint8 (frames, height, width, 3)."""
+    scenes = zip(clip.scenes, clip.lengths)
+    moments = [(scene, (k + 0.5) / length) for scene, length in scenes for k in range(length)]
+    chosen = data.segment_midpoints(len(moments), num_frames)
+    return np.stack([np.asarray(shapes.draw_frame(*moments[k])) for k in chosen])
 
 
 def images(model: TMASS, clips: Sequence[shapes.ShapesClip]) -> Tensor:
-    """What phi_v takes: (videos, frames, 3, height, width), in CLIP's size and scale."""
-    small = np.stack([[data.resize(frame, model.resolution) for frame in pictures(clip, model.arguments["num_frames"])] for clip in clips])
+    """The input of phi_v: resized and normalised, (videos, frames, 3, height, width)."""
+    drawn = [pictures(clip, model.arguments["num_frames"]) for clip in clips]
+    small = np.stack([[data.resize(frame, model.resolution) for frame in frames] for frames in drawn])
     return data.normalise(torch.from_numpy(small).permute(0, 1, 4, 2, 3))
 
 
 def encode(model: TMASS, clips: Sequence[shapes.ShapesClip], captions: int = 1) -> Features:
-    """Text of the first captions of each clip, and frames of each clip, as evaluate.extract_features makes them from files."""
+    """Features of the first captions and of the frames of each clip, as extract_features returns them."""
     sentences = [caption.text for clip in clips for caption in clip.captions[:captions]]
     text = model.encode_text(data.tokenize(sentences, model.clip.context_length))
-    frames = torch.cat([model.encode_frames(images(model, clips[k : k + 20])) for k in range(0, len(clips), 20)])
+    frames = torch.cat(
+        [model.encode_frames(images(model, clips[k : k + 20])) for k in range(0, len(clips), 20)]
+    )
     return Features(text, frames, torch.arange(len(clips)).repeat_interleave(captions))
 
 
-def write_folder(folder: Path, count: int, seed: int = 99, words: dict[str, str] | None = None) -> list[shapes.ShapesClip]:
-    """A folder as a user has it, for notebook 08: `count` video files and captions.csv (video,caption,split), other clips than the built-in
-    ones. `words` replaces words of the captions. Of ten clips six are for training, one for validation, three for the test."""
+def write_folder(
+    folder: Path, count: int, seed: int = 99, words: dict[str, str] | None = None
+) -> list[shapes.ShapesClip]:
+    """Writes `count` video files and captions.csv (video,caption,split), for notebook 08. Returns the clips.
+
+    `words` replaces words of the captions. Of ten clips, six are for training, one for validation and three
+    for the test. The seed differs from that of the built-in clips, so these are new clips."""
     folder.mkdir(parents=True)
     shapes._render_clips((folder, seed, range(count)))
     clips = [shapes.make_clip(seed, number) for number in range(count)]
@@ -90,12 +102,17 @@ def write_folder(folder: Path, count: int, seed: int = 99, words: dict[str, str]
 
 
 def pack(run: Path) -> None:
-    """Writes FILE from a run of train.py."""
+    """Writes FILE from a run of train.py. Raises ModelError if the run has no checkpoint."""
     model, config, _ = open_checkpoint(run)
     state = model.state_dict()
-    captions = (caption.text for n in range(sum(shapes.SPLITS.values())) for caption in shapes.make_clip(0, n).captions)
+    captions = (
+        caption.text
+        for n in range(sum(shapes.SPLITS.values()))
+        for caption in shapes.make_clip(0, n).captions
+    )
     rows = data.tokenize(list(captions), model.clip.context_length).unique()
-    about = dict(arguments=model.arguments, config=config, vocabulary=len(state[WORDS]), command=f"python notebooks/sample.py runs/{run.name}")
+    command = f"python notebooks/sample.py runs/{run.name}"
+    about = dict(arguments=model.arguments, config=config, vocabulary=len(state[WORDS]), command=command)
     arrays = {f"{WORDS}.rows": rows, "about": json.dumps(about)}
     for name, values in {**state, WORDS: state[WORDS][rows]}.items():
         if values.dim() < 2:
@@ -109,5 +126,5 @@ def pack(run: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} RUN (a folder of train.py, such as runs/shapes-tiny-tmass-paper)")
+        sys.exit(f"usage: python {sys.argv[0]} RUN (a run of train.py, such as runs/shapes-tiny-tmass-paper)")
     pack(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""A small world for the tests: random CLIPs of OpenAI's class, a few built-in clips rendered to real files, and the real clips if there."""
+"""A small world for the tests: random CLIPs of OpenAI's class, a few built-in clips as files."""
 
 import csv
 import os
@@ -9,13 +9,16 @@ import pytest
 import torch
 
 import shapes
-from data import DataError, read_csv
-from model import TMASS, _import_clip
+from engine.backbone import import_clip
+from engine.config import METHODS
+from engine.datasets import read_csv
+from engine.files import DataError
+from model import TMASS
 
 ROOT = Path(__file__).parent.parent
 REALDATA = Path(os.environ.get("TMASS_REALDATA", ROOT.parent / "shared" / "realdata"))
 
-# A shell's background jobs ignore Ctrl-C, and so does all that they start: tests that press it need it heard.
+# A shell's background jobs ignore SIGINT, and so do their children. The tests that send it need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -28,23 +31,28 @@ def realdata() -> Path:
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Normal numbers that are the same in every test that asks for them."""
+    """Normal numbers, the same in every test."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def small_clip(trunk: str = "resnet", seed: int = 0) -> torch.nn.Module:
-    """A random CLIP of the package's own class, small enough for a test; all sizes differ from each other."""
+    """A random CLIP of OpenAI's class, small enough for a test. All its sizes differ."""
     torch.manual_seed(seed)
     vision = dict(image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=4, vision_patch_size=None)
     if trunk == "vit":
         vision = dict(image_resolution=32, vision_layers=2, vision_width=64, vision_patch_size=16)
-    text = dict(context_length=20, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1)
-    return _import_clip().model.CLIP(embed_dim=24, **vision, **text).float().eval()
+    text = dict(
+        context_length=20, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1
+    )
+    return import_clip().model.CLIP(embed_dim=24, **vision, **text).float().eval()
 
 
-def random_model(method: str = "tmass", seed: int = 0, frames: int = 4, **options) -> TMASS:
-    """A model all of whose parameters are random: nothing is at an identity, one or zero where a wrong term would hide."""
-    model = TMASS(small_clip(seed=seed), method, frames, **options)
+def random_model(
+    method: str = "tmass", seed: int = 0, frames: int = 4, fusion: str = "", radius: str = "", **options
+) -> TMASS:
+    """A model of random parameters: a wrong term cannot hide behind an identity, a one or a zero."""
+    own = METHODS[method]
+    model = TMASS(small_clip(seed=seed), fusion or own[0], radius or own[1], frames, **options)
     generator = torch.Generator().manual_seed(seed)
     for part in (model.fusion, model.radius):
         for parameter in part.parameters() if part is not None else ():
@@ -63,7 +71,10 @@ def clips_folder(tmp_path_factory) -> Path:
         writer.writerow(["video", "caption", "split"])
         for number in range(24):
             split = "train" if number < 16 else "val" if number < 20 else "test"
-            writer.writerows([f"clip{number:05d}.mp4", caption.text, split] for caption in shapes.make_clip(0, number).captions)
+            writer.writerows(
+                [f"clip{number:05d}.mp4", caption.text, split]
+                for caption in shapes.make_clip(0, number).captions
+            )
     return folder
 
 
@@ -74,7 +85,7 @@ def clips(clips_folder):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """A file of random weights of a small CLIP: `--arch tiny --weights FILE` needs no pretraining."""
+    """Random weights of a small CLIP: `--arch tiny --weights FILE` needs no pretraining."""
     path = tmp_path_factory.mktemp("weights") / "small.pt"
     torch.save(small_clip().state_dict(), path)
     return path

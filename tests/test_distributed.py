@@ -1,64 +1,234 @@
-"""Training by several processes, through the real command line: two gloo ranks on the CPU do what one process does."""
+"""Training by several processes: two gloo ranks on the CPU do what one process does."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, small_clip
 
 import train
-from model import load_file
-from train import read_log
+from engine import distributed
+from engine.backbone import load_file
+from engine.experiment import read_log
+from engine.files import ModelError
 
 
 @pytest.fixture
 def flags(clips_folder, tmp_path) -> list[str]:
-    """Seven pairs a batch: the two processes have three and four of them (by micro-batches of three: in one, and in two). Four validation clips."""
+    """Seven pairs a batch: the two processes have three and four of them. Four validation clips."""
     torch.save(small_clip("vit").state_dict(), tmp_path / "vit.pt")
-    values = {"--dataset": "csv", "--annotations": clips_folder / "clips.csv", "--videos": clips_folder / "clips", "--data": tmp_path / "data",
-              "--arch": "tiny", "--weights": tmp_path / "vit.pt", "--num-frames": 3, "--batch": 7, "--clip-lr": 3e-5, "--head-lr": 3e-5,
-              "--max-steps": 3, "--device": "cpu"}  # fmt: skip
+    values = {
+        "--dataset": "csv", "--annotations": clips_folder / "clips.csv", "--videos": clips_folder / "clips",
+        "--data": tmp_path / "data", "--arch": "tiny", "--weights": tmp_path / "vit.pt", "--num-frames": 3,
+        "--batch": 7, "--clip-lr": 3e-5, "--head-lr": 3e-5, "--max-steps": 3, "--device": "cpu",
+    }  # fmt: skip
     return [str(x) for pair in values.items() for x in pair]
 
 
 def torchrun(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *arguments,
+    ]
+    return subprocess.run([str(x) for x in command], capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_two_processes_give_loss_gradients_and_weights_of_one(flags, tmp_path):
+    """By micro-batches of three: the first process has one of them, the second two."""
     train.main([*flags, "--out", str(tmp_path / "one")])
-    done = torchrun(*flags, "--micro-batch", "3", "--out", tmp_path / "two")
+    done = torchrun(ROOT / "train.py", *flags, "--micro-batch", "3", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation:") == 1  # the first process alone writes
+    assert done.stdout.count("validation:") == 1  # only rank 0 writes
     one, two = (load_file(tmp_path / name / "last.pt") for name in ("one", "two"))
     start, moved = load_file(tmp_path / "vit.pt"), 0.0
     for name, value in one["model"].items():
         assert torch.allclose(two["model"][name], value, rtol=0, atol=1e-5), name
         moved = max(moved, (value - start.get(name.removeprefix("clip."), value)).abs().max().item())
     assert moved > 4e-5  # weights move by much more than they differ
-    # AdamW hardly sees how large a gradient is: compare the gradients themselves, in its running mean
-    means = [torch.cat([entry["exp_avg"].flatten() for entry in state["optimizer"]["state"].values()]) for state in (one, two)]
+    # AdamW is nearly independent of the size of a gradient, so its running mean of gradients is compared too.
+    means = [
+        torch.cat([x["exp_avg"].flatten() for x in s["optimizer"]["state"].values()]) for s in (one, two)
+    ]
     assert (means[0] - means[1]).norm() < 1e-5 * means[0].norm()
     rows = [read_log(tmp_path / name) for name in ("one", "two")]
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
-    assert rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-5) and rows[1][1]["val"] == rows[0][1]["val"]
+    assert rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-5)
+    assert rows[1][1]["val"] == rows[0][1]["val"]
+
+
+# Takes steps on the same batch in every case, and saves the gradients and weights of rank 0.
+STEPS = """
+import sys, torch
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+torch.set_num_threads(1)
+from conftest import small_clip
+from engine import distributed
+from engine.config import Config, RECIPES
+from engine.optim import TrainState, compile_encoders, train_mode
+from model import TMASS
+from train import Encoder, train_step
+
+sizes = dict(num_frames=3, batch=7, clip_lr=1e-5, head_lr=1e-5, augment=False)
+plain = dict(method="tmass", fusion="xpool", radius="linear", trunk="vit")
+cases = {{
+    "paper": {{}}, "best": RECIPES["best"], "every": dict(pairs="every"), "batch norm": dict(trunk="resnet"),
+    "xpool": dict(method="xpool", radius="none"), "mean": dict(method="clip", fusion="mean", radius="none"),
+    "vision": dict(freeze="vision"), "clip": dict(freeze="clip"), "micro": dict(micro_batch=2),
+    "compiled": dict(compile="on", micro_batch=2),
+}}
+
+def steps(name, pairs=7):
+    options = {{**plain, **cases[name]}}
+    model = TMASS(small_clip(options.pop("trunk")), options["fusion"], options["radius"], num_frames=3)
+    config = Config(**sizes, **options)
+    torch.manual_seed(0)
+    frozen = config.freeze != "none"
+    images = torch.randint(0, 255, (pairs, 3, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randn(pairs, 3, 24) if frozen else images
+    tokens = torch.randn(pairs, 24) if config.freeze == "clip" else torch.randint(1, 49000, (pairs, 20))
+    if frozen:
+        (model.clip if config.freeze == "clip" else model.clip.visual).requires_grad_(False)
+        model.logit_scale.requires_grad_(True)
+    train_mode(model, config)
+    compile_encoders(model, "off" if world == 1 else config.compile)  # one process is eager
+    state, encoder = TrainState(model, config, total=10), distributed.wrap(Encoder(model, config))
+    own = distributed.shard(pairs)
+    for _ in range(2):
+        loss, _ = train_step(state, encoder, images[own], tokens[own], config, pairs)
+    found = {{n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}}
+    return loss.item(), found, {{n: x.clone() for n, x in model.state_dict().items()}}
+
+distributed.init_distributed("cpu")
+rank, world = distributed.rank_and_world()
+compiled = torch.nn.Module.compile  # run by torch itself: generating code takes a minute
+torch.nn.Module.compile = lambda module: compiled(module, backend="aot_eager")
+result = {{name: steps(name) for name in cases}}
+if rank == world - 1:
+    torch.save(result, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_every_recipe_has_the_gradients_of_one_process(tmp_path):
+    """Seven pairs on two processes; also with frozen parts, and with BatchNorm, which stays as it is."""
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS.format(root=str(ROOT), tests=str(Path(__file__).parent)))
+    alone = subprocess.run([sys.executable, script, tmp_path / "one.pt"], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(script, tmp_path / "two.pt")
+    assert done.returncode == 0, done.stderr
+    one, two = load_file(tmp_path / "one.pt"), load_file(tmp_path / "two.pt")
+    for name in one:
+        (loss, gradients, weights), (same_loss, same_gradients, same_weights) = one[name], two[name]
+        assert loss == pytest.approx(same_loss, rel=1e-5) and gradients.keys() == same_gradients.keys(), name
+        flat, same = (torch.cat([x.flatten() for x in g.values()]) for g in (gradients, same_gradients))
+        assert flat.norm() > 0 and (flat - same).norm() < 1e-5 * flat.norm(), name
+        for key, value in weights.items():
+            assert torch.allclose(value, same_weights[key], rtol=0, atol=1e-5), (name, key)
+
+
+# What the functions return on two ranks.
+FUNCTIONS = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+from engine import distributed
+from engine.files import DataError
+
+distributed.init_distributed("cpu")
+rank, world = distributed.rank_and_world()
+rows = torch.arange(5.0)[:, None] * torch.ones(2)
+own = rows[distributed.shard(5)]
+assert (rank, world, len(own)) == ((0, 2, 2), (1, 2, 3))[rank]
+assert torch.equal(distributed.gather(own), rows) and torch.equal(distributed.gather_features(own, 5), rows)
+assert distributed.gather(own[:0]).shape == (0, 2)
+assert distributed.gather_objects({{rank: f"rank {{rank}}"}}) == {{0: "rank 0", 1: "rank 1"}}
+assert distributed.from_rank_zero(lambda: rank) == 0
+cpu = torch.device("cpu")
+assert distributed.any_rank(rank == 1, cpu) and not distributed.any_rank(False, cpu)
+
+def fail():
+    raise DataError("nothing there")
+
+try:
+    distributed.from_rank_zero(fail)
+except DataError as error:
+    assert str(error) == "nothing there"
+else:
+    raise AssertionError("rank 0 failed, and this one did not")
+with distributed.local_rank_zero_first():  # rank 1 finds the file of rank 0
+    assert Path(sys.argv[1]).exists() == (rank == 1)
+    Path(sys.argv[1]).touch()
+distributed.barrier()
+dist.destroy_process_group()
+print("rank", rank, "is done")
+"""
+
+
+@pytest.mark.slow
+def test_functions_on_two_ranks(tmp_path):
+    script = tmp_path / "functions.py"
+    script.write_text(FUNCTIONS.format(root=str(ROOT)))
+    done = torchrun(script, tmp_path / "file")
+    assert done.returncode == 0 and "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout, (
+        done.stderr
+    )
+
+
+def test_without_torchrun_there_is_one_process():
+    x = torch.randn(3, 2)
+    assert distributed.rank_and_world() == (0, 1) and distributed.shard(3) == slice(0, 3)
+    assert distributed.gather(x) is x and distributed.gather_features(x, 3) is x
+    assert distributed.gather_objects({"a": 1}) == {"a": 1} and distributed.from_rank_zero(lambda: 7) == 7
+    assert distributed.any_rank(True, x.device) and not distributed.any_rank(False, x.device)
+    module = torch.nn.Linear(2, 2)
+    assert distributed.wrap(module) is module
+    distributed.init_distributed("cpu")
+    with distributed.local_rank_zero_first():
+        distributed.barrier()
 
 
 def test_more_processes_than_pairs_are_refused(flags, monkeypatch):
-    monkeypatch.setattr(train, "rank_and_world", lambda: (0, 5))
-    with pytest.raises(SystemExit, match="5 processes are more than the pairs of a batch or the validation clips: start fewer"):
+    monkeypatch.setattr(train.distributed, "rank_and_world", lambda: (0, 5))
+    monkeypatch.setattr(train.distributed, "shard", lambda count: slice(0, count))
+    says = "5 processes are more than the pairs of a batch or the validation clips: start fewer"
+    with pytest.raises(SystemExit, match=says):
         train.main(flags)
 
 
-def test_shares_of_all_processes_are_the_whole(monkeypatch):
-    import evaluate
-
+def test_shards_of_all_processes_are_the_whole(monkeypatch):
     for world in (1, 2, 3, 5):
-        shares = []
+        shards = []
         for rank in range(world):
-            monkeypatch.setattr(evaluate, "rank_and_world", lambda rank=rank, world=world: (rank, world))
-            shares.append(list(range(7))[evaluate.share(7)])
-        assert [thing for part in shares for thing in part] == list(range(7)) and all(shares)
+            monkeypatch.setattr(distributed, "rank_and_world", lambda rank=rank, world=world: (rank, world))
+            shards.append(list(range(7))[distributed.shard(7)])
+        assert [thing for part in shards for thing in part] == list(range(7)) and all(shards)
+
+
+def test_a_device_that_does_not_exist_gives_one_sentence(monkeypatch):
+    assert distributed.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ModelError, match="--device tpu9: not a device; choose auto, cpu or cuda"):
+        distributed.choose_device("tpu9")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ModelError, match="--device cuda:1: torch finds no CUDA device on this machine"):
+        distributed.choose_device("cuda:1")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ModelError, match="this machine has 2 GPUs and torchrun started more processes"):
+        distributed.init_distributed("cuda")

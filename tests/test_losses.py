@@ -1,10 +1,12 @@
+"""Losses equal their loops, their limits and finite differences."""
+
 import math
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from losses import cosine_scores, symmetric_cross_entropy, tmass_loss
+from losses import LOSSES, cosine_scores, symmetric_cross_entropy, tmass_loss
 
 N, VIDEOS, DIM = 5, 3, 8
 
@@ -34,8 +36,9 @@ def test_constant_scores_cost_log_n():
 
 def test_cross_entropy_equals_its_loop():
     scores, scale = randn(N, N), 7.0
-    t2v = -sum(math.log(math.exp(scale * scores[i, i]) / sum(math.exp(scale * scores[i, j]) for j in range(N))) for i in range(N)) / N
-    v2t = -sum(math.log(math.exp(scale * scores[j, j]) / sum(math.exp(scale * scores[i, j]) for i in range(N))) for j in range(N)) / N
+    e = [[math.exp(scale * scores[i, j]) for j in range(N)] for i in range(N)]
+    t2v = -sum(math.log(e[i][i] / sum(e[i][j] for j in range(N))) for i in range(N)) / N
+    v2t = -sum(math.log(e[j][j] / sum(e[i][j] for i in range(N))) for j in range(N)) / N
     assert symmetric_cross_entropy(scores, scale).item() == pytest.approx((t2v + v2t) / 2)
 
 
@@ -44,7 +47,9 @@ def test_cross_entropy_is_symmetric_and_blind_to_the_order_of_the_batch():
     loss = symmetric_cross_entropy(scores, 7.0)
     assert torch.allclose(symmetric_cross_entropy(scores.T, 7.0), loss)
     assert torch.allclose(symmetric_cross_entropy(scores[order][:, order], 7.0), loss)
-    assert not torch.allclose(symmetric_cross_entropy(scores[order], 7.0), loss)  # another pairing is another loss
+    assert not torch.allclose(
+        symmetric_cross_entropy(scores[order], 7.0), loss
+    )  # another pairing is another loss
 
 
 def test_matched_pairs_that_score_higher_cost_less():
@@ -52,20 +57,55 @@ def test_matched_pairs_that_score_higher_cost_less():
     assert symmetric_cross_entropy(better, 7.0) < symmetric_cross_entropy(randn(N, N), 7.0)
 
 
-@pytest.mark.parametrize("per_pair", [False, True])
-def test_total_is_L_s_plus_alpha_L_sup(per_pair):
-    t_s = randn(N, N, DIM, seed=1) if per_pair else randn(N, DIM, seed=1)
-    t_sup, video = randn(N, DIM, seed=2), randn(N, N, DIM, seed=3)
-    total, parts = tmass_loss(t_s, t_sup, video, 9.0, alpha=0.7)
-    assert torch.allclose(parts["L_s"], symmetric_cross_entropy(cosine_scores(t_s, video), 9.0))
-    assert torch.allclose(parts["L_sup"], symmetric_cross_entropy(cosine_scores(t_sup, video), 9.0))
-    assert torch.allclose(total, parts["L_s"] + 0.7 * parts["L_sup"])
-    assert torch.equal(tmass_loss(t_s, t_sup, video, 9.0, alpha=0.0)[0], parts["L_s"])
+def batch(n: int = N, dim: int = DIM) -> dict[str, torch.Tensor]:
+    """What tmass_loss takes."""
+    text, video = randn(n, dim), randn(n, n, dim, seed=3)
+    return dict(
+        text=text,
+        video=video,
+        t_sup=randn(n, dim, seed=2),
+        mass_scores=cosine_scores(randn(n, dim, seed=1), video),
+    )
 
 
-@pytest.mark.parametrize("per_pair", [False, True])
-def test_gradients_equal_finite_differences(per_pair):
-    n, dim = 3, 4
-    t_s = randn(n, n, dim, seed=1) if per_pair else randn(n, dim, seed=1)
-    inputs = [t_s, randn(n, dim, seed=2), randn(n, n, dim, seed=3), torch.tensor(4.0, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(lambda *x: tmass_loss(*x)[0], [x.requires_grad_() for x in inputs])
+def test_total_is_the_weighted_sum_of_its_parts():
+    x, weights = batch(), {"L_s": 1.0, "L_sup": 0.7, "L_ce": 0.5}
+    total, parts = tmass_loss(weights, scale=9.0, **x)
+    assert torch.equal(parts["L_s"], symmetric_cross_entropy(x["mass_scores"], 9.0))
+    assert torch.equal(parts["L_sup"], symmetric_cross_entropy(cosine_scores(x["t_sup"], x["video"]), 9.0))
+    assert torch.equal(parts["L_ce"], symmetric_cross_entropy(cosine_scores(x["text"], x["video"]), 9.0))
+    assert torch.allclose(total, sum(weights[name] * part for name, part in parts.items()))
+
+
+def test_a_loss_of_weight_zero_is_left_out_and_needs_none_of_its_symbols():
+    x = batch()
+    total, parts = tmass_loss(
+        {"L_s": 0.0, "L_sup": 0.0, "L_ce": 1.0}, scale=9.0, text=x["text"], video=x["video"]
+    )
+    assert set(parts) == {"L_ce"} and torch.equal(total, parts["L_ce"])
+
+
+@pytest.mark.parametrize(
+    "weights", [{"L_s": 1.0, "L_sup": 1.2}, {**dict.fromkeys(LOSSES, 1.0), "L_new": 1.0}]
+)
+def test_every_loss_has_a_weight_and_every_weight_a_loss(weights):
+    with pytest.raises(ValueError, match=r"differ in L_(ce|new)"):
+        tmass_loss(weights, scale=9.0, **batch())
+
+
+def test_a_registered_loss_counts(monkeypatch):
+    monkeypatch.setitem(LOSSES, "L_toy", lambda text, **_: text.square().mean())
+    x, weights = batch(), {"L_s": 1.0, "L_sup": 0.0, "L_ce": 0.0, "L_toy": 2.0}
+    total, parts = tmass_loss(weights, scale=9.0, **x)
+    assert torch.equal(parts["L_toy"], x["text"].square().mean())
+    assert torch.allclose(total, parts["L_s"] + 2 * parts["L_toy"])
+
+
+def test_gradients_equal_finite_differences():
+    x = batch(n=3, dim=4)
+    scale, weights = torch.tensor(4.0, dtype=torch.float64), {"L_s": 1.0, "L_sup": 0.7, "L_ce": 0.5}
+
+    def total(scale, *tensors):
+        return tmass_loss(weights, scale=scale, **dict(zip(x, tensors)))[0]
+
+    assert torch.autograd.gradcheck(total, [tensor.requires_grad_() for tensor in (scale, *x.values())])

@@ -1,3 +1,5 @@
+"""The built-in data set: its captions, its pictures, its files."""
+
 import csv
 import itertools
 
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 
 import shapes
-from data import decode_frames
+from engine.frames import decode_frames
 from shapes import ATTRIBUTES, FRAMES, SIZE, make_clip, make_picture, perfect_retriever
 
 CLIPS = [make_clip(0, number) for number in range(200)]
@@ -17,38 +19,44 @@ def test_a_clip_is_three_scenes_that_fill_its_frames():
         assert len(clip.scenes) == 3 and sum(clip.lengths) == FRAMES and min(clip.lengths) >= FRAMES // 4
 
 
-def test_captions_tell_the_truth_in_time_order_and_only_part_of_it():
+def fits(caption: shapes.Caption, clip: shapes.ShapesClip) -> bool:
+    """Whether the caption is true of the clip: its mentions are found in the scenes, in time order."""
+    for scenes in itertools.combinations(clip.scenes, len(caption.mentions)):
+        pairs = zip(scenes, caption.mentions)
+        if all(getattr(scene, name) == value for scene, m in pairs for name, value in m.items()):
+            return True
+    return False
+
+
+def test_captions_are_true_and_tell_only_part_of_their_clip():
     for clip in CLIPS:
         for caption in clip.captions:
-            fits = [places for places in itertools.combinations(clip.scenes, len(caption.mentions))
-                    if all(getattr(s, n) == v for s, m in zip(places, caption.mentions) for n, v in m.items())]  # fmt: skip
-            assert fits and len(caption.mentions) < 3 and all(len(mention) >= 2 for mention in caption.mentions)
+            assert fits(caption, clip) and len(caption.mentions) < 3
+            assert all(len(mention) >= 2 for mention in caption.mentions)
 
 
-def test_captions_say_what_their_mentions_mean():
+def test_captions_contain_a_word_for_each_value_they_mention():
     for caption in itertools.chain.from_iterable(clip.captions for clip in CLIPS):
         for name, value in itertools.chain.from_iterable(mention.items() for mention in caption.mentions):
             assert any(word in caption.text for word in ATTRIBUTES[name][value])
 
 
-def test_pictures_never_speak_of_motion():
+def test_captions_of_pictures_never_mention_motion():
     for number in range(200):
-        assert all("motion" not in m for caption in make_picture(0, number)[2] for m in caption.mentions)
+        captions = make_picture(0, number)[2]
+        assert all("motion" not in mention for caption in captions for mention in caption.mentions)
 
 
-def test_seeds_and_numbers_make_different_clips():
+def test_seeds_and_numbers_give_different_clips():
     assert make_clip(0, 1) == make_clip(0, 1) != make_clip(0, 2) != make_clip(1, 2)
 
 
-def test_perfect_retriever_equals_a_search_by_hand(monkeypatch):
+def test_perfect_retriever_equals_its_loops(monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": 3, "val": 5, "test": 60})
     gallery = [make_clip(0, number) for number in range(8, 68)]
-
-    def fits(caption, clip):
-        chosen = itertools.combinations(clip.scenes, len(caption.mentions))
-        return any(all(getattr(s, n) == v for s, m in zip(scenes, caption.mentions) for n, v in m.items()) for scenes in chosen)
-
-    n = np.array([sum(fits(caption, clip) for clip in gallery) for own in gallery for caption in own.captions])
+    n = np.array(
+        [sum(fits(caption, clip) for clip in gallery) for own in gallery for caption in own.captions]
+    )
     score = perfect_retriever(0, "test")
     assert n.min() >= 1
     assert score["R@1"] == pytest.approx((1 / n).mean() * 100)
@@ -59,12 +67,13 @@ def test_perfect_retriever_equals_a_search_by_hand(monkeypatch):
 def test_files_are_h264_videos_of_the_drawn_frames(clips_folder):
     path = clips_folder / "clips" / "clip00005.mp4"
     about = next(imageio_ffmpeg.read_frames(path))
-    assert (about["codec"], about["size"], about["fps"], about["duration"]) == ("h264", (SIZE, SIZE), 8.0, 3.0)
+    assert (about["codec"], about["size"]) == ("h264", (SIZE, SIZE))
+    assert (about["fps"], about["duration"]) == (8.0, 3.0)
     for drawn, decoded in zip(shapes.draw_clip(make_clip(0, 5)), decode_frames(path, FRAMES), strict=True):
-        assert np.abs(np.asarray(drawn, dtype=float) - decoded).mean() < 4  # of 255: what H.264 loses
+        assert np.abs(np.asarray(drawn, dtype=float) - decoded).mean() < 4  # of 255: the loss of H.264
 
 
-def test_rendering_is_its_seed(tmp_path):
+def test_files_depend_on_the_seed_alone(tmp_path):
     def files(seed):
         shapes._render_clips((tmp_path, seed, range(5, 8)))
         return [path.read_bytes() for path in sorted(tmp_path.iterdir())]
@@ -73,7 +82,7 @@ def test_rendering_is_its_seed(tmp_path):
     assert len(one) == 3 and one == two and all(a != b for a, b in zip(one, other))
 
 
-def test_render_makes_a_whole_folder_once(monkeypatch, tmp_path, capsys):
+def test_render_writes_a_complete_folder_once(monkeypatch, tmp_path):
     monkeypatch.setattr(shapes, "SPLITS", {"train": 3, "val": 1, "test": 2})
     monkeypatch.setattr(shapes, "PICTURES", 4)
     folder = shapes.render(tmp_path / "shapes")
@@ -87,7 +96,7 @@ def test_render_makes_a_whole_folder_once(monkeypatch, tmp_path, capsys):
     assert (folder / "clips.csv").stat().st_mtime_ns == before
 
 
-def test_render_never_overwrites_somebody_elses_folder(tmp_path):
+def test_render_never_overwrites_a_folder_with_other_files(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds something else"):
         shapes.render(tmp_path)

@@ -1,0 +1,270 @@
+"""Settings of training and evaluation. Each dataclass is a command line, its --help and the record of a run.
+
+A preset holds the settings of a data set, a recipe those of a way to train the mass; a flag wins over both.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from engine.datasets import DATASETS
+from engine.files import ModelError
+from model import FUSIONS, RADII
+
+# ---- training: the comment or docstring of a field is its text in --help
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a training run. The defaults are the paper's; a preset replaces some."""
+
+    dataset: str = "shapes"
+    """data set; shapes: built in, trains on a CPU in minutes; pictures: for pretraining the tiny CLIP"""
+    annotations: Path | None = None
+    """csv: a file of video,caption[,split]; others: the folder of annotations, default DATA/DATASET"""
+    videos: Path | None = None  # folder of the video files; required for csv; default: DATA/DATASET
+    data: Path = Path("data")  # folder of the data sets and of the cache of decoded frames
+    out: Path | None = None  # folder of this run; default: runs/DATASET-ARCH-METHOD, numbered if it exists
+    resume: bool = False  # continue from the last checkpoint in --out; without one, start a new run
+
+    method: Literal["clip", "xpool", "tmass"] = "tmass"
+    """clip: mean pooling; xpool: X-Pool; both without a mass. tmass: any --fusion and --radius"""
+    fusion: str = "xpool"
+    """psi, which pools the frames of a video; xpool: text-conditioned attention; mean: mean pooling"""
+    radius: str = "linear"
+    """R; fixed: exp(mean S); scalar: exp(theta mean S); linear: exp(S W + b), as in the paper; joint: from
+    t and v too, not in the paper; none: no mass"""
+    recipe: Literal["paper", "best"] = "paper"
+    """preset of the flags below for tmass; paper: as published; best: R from t and v, trained for ranking"""
+    arch: str = "ViT-B/32"  # tiny, ViT-B/32, ViT-B/16, or a file of CLIP weights
+    weights: Path | None = None  # file of CLIP weights, for machines without network
+    freeze: Literal["none", "vision", "clip"] = "none"
+    """vision: phi_v is fixed and its features are computed once (ten times faster); clip: phi_t too"""
+    num_frames: int = 12  # T', frames per video
+    sampling: Literal["uniform", "random"] = "uniform"
+    """training frames; uniform: midpoints of T' segments; random: one of five positions in each segment"""
+    heads: int = 1  # attention heads of psi
+    dropout: float = 0.3  # dropout in psi
+    initial_radius: float = 1.0  # exp(b), close to R at the start of training
+    prior: Literal["normal", "uniform"] = "normal"
+    """eps ~ N(0, prior_std^2), the paper's; uniform: U(0, 1), the default of the released code"""
+    prior_std: float = 1.0  # standard deviation of the normal prior
+    pairs: Literal["matched", "every", "expected"] = "matched"
+    """the scores in L_s; matched: t_s is drawn for matched pairs only (released code); every: for every pair,
+    as in inference; expected: no draw, the expected best of M, so that R is trained for ranking"""
+    alpha: float = 1.2  # weight of L_sup, the support-text loss
+    ce: float = 0.0  # weight of L_ce, the loss of t itself, next to L_s
+    M: int = 20  # texts drawn per pair in validation; also the M of --pairs expected
+
+    epochs: int = 5  # passes over all captions
+    max_steps: int | None = None  # stop after this many steps; the schedule ends there too
+    batch: int = 32  # text-video pairs per step
+    clip_lr: float = 1e-6  # AdamW's learning rate of CLIP
+    head_lr: float = 3e-5  # learning rate of psi and R
+    radius_lr: float | None = None
+    """learning rate of R; default: head_lr, at which W barely moves from its initialisation"""
+    weight_decay: float = 0.2  # of all parameters, biases and norms included, as in the released code
+    warmup: float = 0.1  # fraction of the steps in which the rate rises; then cosine decay
+    grad_clip: float = 1.0  # largest gradient norm
+    augment: bool = True  # random crops and flips, the same for all frames of a clip
+    seed: int = 0  # of initialisation, order, augmentation, dropout and noise
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """autocast of CLIP; weights, psi, R, scores, losses stay float32; auto: bf16 on CUDA, off on the CPU"""
+    micro_batch: int | None = None
+    """pairs each process encodes at a time; same gradients, less memory, a second forward pass of CLIP"""
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of CLIP's encoders; auto: on CUDA
+    workers: int = 0  # processes that load batches in advance
+    save_every: int = 0  # steps between checkpoints, besides the one after each epoch
+
+
+# The --fusion and --radius of each method.
+METHODS = {"clip": ("mean", "none"), "xpool": ("xpool", "none"), "tmass": ("xpool", "linear")}
+SMALL = dict(arch="tiny", weight_decay=0.01, augment=False)
+# Settings of a data set that differ from the defaults. LSMDC's rate is that of the released command.
+PRESETS: dict[str, dict] = {
+    **{name: dict(workers=8) for name in DATASETS if name != "csv"},
+    "shapes": dict(**SMALL, freeze="vision", batch=64, clip_lr=3e-4, head_lr=5e-4, epochs=3),
+    "pictures": dict(**SMALL, method="clip", num_frames=1, batch=128, clip_lr=1e-3, epochs=2),
+    "lsmdc": dict(head_lr=1e-5, workers=8),
+}
+# best: R reads t and v; a pair's training score is the expected best of M draws, so that R learns to rank.
+BEST = dict(radius="joint", pairs="expected", alpha=0.0, ce=0.5, radius_lr=1e-3)
+RECIPES: dict[str, dict] = {"paper": {}, "best": BEST}
+# Mean pooling on the built-in clips is the second half of the tiny CLIP's pretraining: all of CLIP learns.
+PRETRAINING = dict(freeze="none", batch=32, clip_lr=1e-3, epochs=1, max_steps=200)
+# Flags that may change when a run is resumed. They change its numbers by rounding at most.
+FREE = {"out", "resume", "data", "annotations", "videos", "device", "workers", "save_every"}
+FREE |= {"amp", "micro_batch", "compile"}
+
+
+def preset(dataset: str, method: str, recipe: str | None = None) -> Config:
+    """The defaults for a data set, a method and a recipe (default: paper), before any flag."""
+    fusion, radius = METHODS[method]
+    names = dict(dataset=dataset, method=method, fusion=fusion, radius=radius, recipe=recipe or "paper")
+    flags = PRETRAINING if (dataset, method) == ("shapes", "clip") else {}
+    flags = RECIPES[names["recipe"]] if method == "tmass" else flags
+    return replace(Config(), **{**PRESETS.get(dataset, {}), **names, **flags})
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """The weight of each loss of losses.LOSSES; 0 leaves a loss out."""
+    if config.radius == "none":
+        return {"L_ce": 1.0, "L_s": 0.0, "L_sup": 0.0}
+    return {"L_ce": config.ce, "L_s": 1.0, "L_sup": config.alpha}
+
+
+# ---- evaluation
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What to evaluate and how. Settings that are not given come from the checkpoint."""
+
+    checkpoint: tuple[Path, ...] = ()  # runs or checkpoint files; default: the latest run under runs/
+    M: int = 20  # texts drawn per text-video pair ("Inference Pipeline"); 0 scores t itself
+    score: Literal["sampled", "mean", "expected"] = "sampled"
+    """sampled: best of M draws (the paper); mean: t itself; expected: expected best of M, no draws"""
+    prior: Literal["normal", "uniform"] | None = None
+    """of eps; default: as in training; released checkpoints: uniform, and N(0, 0.003^2) for LSMDC"""
+    prior_std: float | None = None  # standard deviation of the normal prior; default: as in training
+    noise: Literal["shared", "independent"] = "shared"
+    """shared: the same M draws for all pairs; independent: new draws for each pair (slow)"""
+    protocol: Literal["paper", "released"] = "paper"
+    """released: pools each video by its own caption, as the released evaluator; it LEAKS the pairing"""
+    dsl: bool = False  # dual softmax; transductive: uses all test queries at once
+    captions: Literal["all", "first", "joined"] = "all"
+    """all: each caption is a query; first: one caption per clip; joined: all of a clip as one query"""
+    seed: int = 0  # of the noise
+    split: Literal["test", "val"] = "test"  # make choices on val, report test
+    dataset: str | None = None  # default: that of the run; required for released checkpoints
+    annotations: Path | None = None  # csv: a file of video,caption[,split]
+    videos: Path | None = None  # csv: folder of the video files
+    data: Path = Path("data")  # folder of the data sets and of the cache of decoded frames
+    out: Path | None = None  # folder of the results; default: that of the run
+    allow_missing: bool = False
+    """leave out unreadable videos and report how many; they are an error otherwise"""
+    batch: int = 32  # clips encoded at once
+    workers: int = 0  # processes that load clips in advance
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """autocast of CLIP; scores stay float32; auto: bf16 on CUDA, off on the CPU"""
+
+
+def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
+    """The noise to draw, {"prior", "std"}: the flags', else that of training or of the released code."""
+    released = dict(prior="normal", prior_std=0.003) if dataset == "lsmdc" else dict(prior="uniform")
+    own = released if trained.get("released") else trained
+    std = own.get("prior_std", 1.0) if config.prior_std is None else config.prior_std
+    return dict(prior=config.prior or own.get("prior", "normal"), std=std)
+
+
+# ---- checks
+
+# Smallest and largest value of each number.
+RANGES: dict[str, tuple[int | float, float]] = {
+    **dict.fromkeys(("num_frames", "heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
+    **dict.fromkeys(("prior_std", "alpha", "ce", "M", "seed", "workers", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("clip_lr", "head_lr", "radius_lr", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("initial_radius", "grad_clip"), (1e-6, math.inf)),
+    **dict.fromkeys(("dropout", "warmup"), (0, 1)),
+}
+
+
+def registered(kind: type) -> dict[str, tuple[str, ...]]:
+    """The names known for each field of a config that is chosen from a registry."""
+    known = {"dataset": tuple(DATASETS), "fusion": tuple(FUSIONS), "radius": (*RADII, "none")}
+    return {field.name: known[field.name] for field in fields(kind) if field.name in known}
+
+
+def check_config(config: Config | EvaluationConfig) -> None:
+    """Raises ModelError for a number out of range, an unknown name, or flags that contradict each other."""
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, (low, high) in RANGES.items():
+        if name in given and not low <= given[name] <= high:
+            limits = f"from {low:g} {f'to {high:g}' if high < math.inf else 'on'}"
+            raise ModelError(f"--{name.replace('_', '-')} {given[name]}: give a number {limits}.")
+    for name, known in registered(type(config)).items():
+        if name in given and given[name] not in known:
+            raise ModelError(f"unknown --{name} {given[name]}: choose {', '.join(known)}.")
+    if isinstance(config, EvaluationConfig):
+        return
+    method, freeze, parts = config.method, config.freeze, (config.fusion, config.radius)
+    if method != "tmass" and parts != METHODS[method]:
+        means = "--fusion {} --radius {}".format(*METHODS[method])
+        raise ModelError(f"--method {method} means {means}: leave out both, or use --method tmass.")
+    if freeze != "none" and (config.augment or config.sampling == "random"):
+        advice = "add --no-augment and keep --sampling uniform"
+        raise ModelError(f"--freeze {freeze} computes the features of each clip once: {advice}.")
+    if freeze == "clip" and parts == METHODS["clip"]:
+        raise ModelError("--freeze clip leaves mean pooling nothing to learn: use --freeze vision or none.")
+    if config.radius != "none" and config.pairs == "expected" and config.M < 1:
+        raise ModelError("--M 0 leaves --pairs expected no draw: give 1 or more, or use --pairs matched.")
+
+
+# ---- command lines
+
+Kind = TypeVar("Kind", Config, EvaluationConfig)
+
+
+def parse(arguments: Sequence[str] | None = None, description: str = "") -> Config:
+    """The command line of train.py: the preset of --dataset, --method and --recipe, then all other flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="shapes", choices=DATASETS)
+    first.add_argument("--method", choices=METHODS)
+    first.add_argument("--recipe", choices=RECIPES)
+    chosen, _ = first.parse_known_args(arguments)
+    method = chosen.method or PRESETS.get(chosen.dataset, {}).get("method", "tmass")
+    return _read(preset(chosen.dataset, method, chosen.recipe), arguments, description)
+
+
+def parse_evaluation(arguments: Sequence[str] | None = None, description: str = "") -> EvaluationConfig:
+    """The command line of evaluate.py."""
+    return _read(EvaluationConfig(), arguments, description)
+
+
+def _read(default: Kind, arguments: Sequence[str] | None, description: str) -> Kind:
+    """Reads flags with tyro, by a subclass in which the names of the registries are the choices."""
+    import tyro
+
+    kind, known = type(default), registered(type(default))
+    values = {name: getattr(default, name) for name in known}
+    types = {name: Literal[(*names, values[name])] for name, names in known.items()}
+    body = {**values, "__annotations__": types, "__doc__": kind.__doc__, "__module__": __name__}
+    listed = dataclass(frozen=True)(type(kind.__name__, (kind,), body))
+    chosen = tyro.cli(listed, default=listed(**vars(default)), args=arguments, description=description)
+    return kind(**vars(chosen))
+
+
+# ---- records
+
+
+def plain(config: Config) -> dict:
+    """The config as strings and numbers, for checkpoints and results."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def upgrade_config(trained: dict) -> dict:
+    """A recorded config with "fusion" and "radius", which earlier versions derived from "method"."""
+    if "method" not in trained or "fusion" in trained:
+        return trained
+    fusion, radius = METHODS[trained["method"]]
+    radius = trained.get("radius", radius) if trained["method"] == "tmass" else radius
+    return {**trained, "fusion": fusion, "radius": radius}
+
+
+def method_of(fusion: str, radius: str) -> str:
+    """The method with these parts: tmass with a mass; else clip for mean pooling, xpool for other psi."""
+    return "tmass" if radius != "none" else "clip" if fusion == "mean" else "xpool"
+
+
+def label(arguments: dict) -> str:
+    """The name of a model in tables, such as "X-Pool" or "T-MASS, R joint"; takes TMASS.arguments."""
+    fusion, radius = arguments["fusion"], arguments["radius"]
+    known = {("mean", "none"): "mean pooling", ("xpool", "none"): "X-Pool", ("xpool", "linear"): "T-MASS"}
+    psi = "T-MASS" if fusion == "xpool" else f"psi {fusion}"
+    return known.get((fusion, radius), psi if radius == "none" else f"{psi}, R {radius}")

@@ -1,0 +1,486 @@
+"""The data sets: annotation files become one record a clip (`Clip`). Each data set is one registered reader.
+
+To add a data set, write one function here. It can then be used as `--dataset mine`:
+
+    @register("mine", needs=("captions.json",), also="the videos of example.org")
+    def read_mine(files: Files) -> Iterator[Clip]:
+        for item in files.json("captions.json"):
+            yield Clip(item["id"], files.video(item["file"]), tuple(item["captions"]), item["split"])
+"""
+
+import csv
+import hashlib
+import io
+import json
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import shapes
+from engine.files import DataError, files_below, stem
+
+SPLITS = ("train", "val", "test")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video clip with all its captions: the record that every reader yields."""
+
+    id: str
+    path: Path
+    captions: tuple[str, ...] = field(repr=False)
+    split: str
+    start: float = 0.0  # seconds
+    end: float | None = None  # None: the end of the file
+
+
+# ---- reading and finding files
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file. A byte order mark is removed. Raises DataError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read as UTF-8 ({error}): save it as UTF-8.") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, without LF or CRLF."""
+    return [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_rows(path: Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, as strings. Raises DataError if a column is missing."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV ({error}): save it separated by commas.") from None
+    if not rows or not set(columns) <= set(rows[0]):
+        wanted, found = ",".join(columns), ", ".join(map(str, rows[0])) if rows else "nothing"
+        raise DataError(f"{path} needs the columns {wanted} in its first line, then rows; found: {found}.")
+    return rows
+
+
+class Files:
+    """The files of a data set, found by name anywhere below its folder(s).
+
+    An unpacked archive can stay as it is, and a video may have another extension than its annotation says.
+    annotations, videos: folders (videos: default the same one). needs: what to say if a file is missing."""
+
+    def __init__(self, annotations: Path, videos: Path | None = None, needs: str = ""):
+        self.annotations, self.videos, self.needs = annotations, videos or annotations, needs
+        self._annotations = self._by_name(annotations)
+        self._videos = self._by_name(videos) if videos else self._annotations
+        self._stems: dict[str, list[Path]] = {}
+        for name, paths in self._videos.items():
+            self._stems.setdefault(stem(name), []).extend(paths)
+
+    def _by_name(self, root: Path) -> dict[str, list[Path]]:
+        if not root.is_dir():
+            raise DataError(f"{root} is not a folder: {self.needs}")
+        return _grouped((path.name, path) for path in files_below(root))
+
+    def has(self, name: str) -> bool:
+        """Whether an annotation file of this name exists."""
+        return name in self._annotations
+
+    def annotation(self, name: str) -> Path:
+        """The path of the annotation file of this name. Raises DataError if there is none."""
+        if name not in self._annotations:
+            raise DataError(f"{name} not found below {self.annotations}: {self.needs}")
+        return self._annotations[name][0]
+
+    def lines(self, name: str) -> list[str]:
+        """`read_lines` of an annotation file."""
+        return read_lines(self.annotation(name))
+
+    def rows(self, name: str, *columns: str) -> list[dict[str, str]]:
+        """`read_rows` of an annotation file."""
+        return read_rows(self.annotation(name), *columns)
+
+    def json(self, name: str):
+        """The content of a JSON annotation file. Raises DataError if it is not valid JSON."""
+        path = self.annotation(name)
+        try:
+            return json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not a complete JSON file ({error}): download it again.") from None
+
+    def video(self, name: str) -> Path:
+        """The path of a video: as written, else by its file name, else with another extension.
+
+        If there is no such video, returns where it is expected. Raises DataError if several files match."""
+        expected, base = self.videos / name, Path(name).name
+        if expected.is_file():
+            return expected
+        found = self._videos.get(base) or self._stems.get(stem(base)) or [expected]
+        if len(found) > 1:
+            raise DataError(f"{name} can be {found[0]} or {found[1]}: keep one of them, or name its folder.")
+        return found[0]
+
+
+def _grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
+    """All values of each name, in order."""
+    values: dict[str, list[Value]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    return values
+
+
+# ---- registry
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A registered data set; see `register`. folder: its folder below --data and below the cache."""
+
+    read: Callable[..., Iterable[Clip]]
+    needs: tuple[str, ...]
+    also: str
+    folder: str
+
+
+DATASETS: dict[str, Dataset] = {}
+
+
+def register(name: str, needs: tuple[str, ...] = (), also: str = "", like: str | None = None) -> Callable:
+    """A decorator that adds a reader to DATASETS.
+
+    needs: the annotation files it must have ("a or b": one of them). also: what else to get, and where.
+    like: a data set with the same folder and files, in place of needs and also.
+    The reader is called with a Files; if it needs no files, with the paths (data, annotations, videos)."""
+
+    def decorate(read: Callable[..., Iterable[Clip]]) -> Callable[..., Iterable[Clip]]:
+        DATASETS[name] = replace(DATASETS[like], read=read) if like else Dataset(read, needs, also, name)
+        return read
+
+    return decorate
+
+
+def find_dataset(name: str) -> Dataset:
+    """The data set of a name. Raises DataError for an unknown one."""
+    if name not in DATASETS:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}.")
+    return DATASETS[name]
+
+
+def open_files(
+    dataset: str, data: Path, annotations: Path | None = None, videos: Path | None = None
+) -> Files:
+    """The files of a data set, below DATA/DATASET or the folders given. Raises DataError without them."""
+    found = find_dataset(dataset)
+    root = annotations or data / found.folder
+    needs = f"{found.folder} needs {', '.join(found.needs)} and {found.also}. Put them anywhere below {root}"
+    return Files(root, videos, f"{needs}, or try --dataset shapes, which is built in.")
+
+
+def read_clips(
+    dataset: str, data: Path, annotations: Path | None = None, videos: Path | None = None
+) -> list[Clip]:
+    """All clips of a data set, in all splits. Videos may be missing: `FrameCache.fill` reports them.
+
+    data: the folder of data sets. annotations, videos: other folders to use; for csv, a file and a folder.
+    Raises DataError if annotations are missing or wrong; it says what to get and where to put it."""
+    found = find_dataset(dataset)
+    if not found.needs:
+        return list(found.read(data, annotations, videos))
+    files = open_files(dataset, data, annotations, videos)
+    where = f"the annotations below {files.annotations}"
+    try:
+        clips = list(found.read(files))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} have another form than {dataset}'s ({error!r}): {files.needs}") from None
+    seen: dict[str, str] = {}
+    for clip in clips:
+        if clip.split not in SPLITS:
+            raise DataError(f"{where} give {clip.id} no split (train, validate or test): {files.needs}")
+        if not any(caption.strip() for caption in clip.captions) or not all(clip.captions):
+            raise DataError(f"{where} have no caption for {clip.id}, or an empty one: add or remove it.")
+        if clip.id in seen:
+            raise DataError(f"{where} have {clip.id} twice ({seen[clip.id]}, {clip.split}): get them again.")
+        seen[clip.id] = clip.split
+    return clips
+
+
+def of_split(clips: Sequence[Clip], split: str) -> list[Clip]:
+    """The clips of one split, in their order. Raises DataError if there is none."""
+    chosen = [clip for clip in clips if clip.split == split]
+    if not chosen:
+        raise DataError(f"no clip has split {split!r}: mark some in the `split` column of the annotations.")
+    return chosen
+
+
+def cache_folder(dataset: str, data: Path, videos: Path | None = None) -> Path:
+    """The folder of cached frames: DATA/cache/DATASET, and for csv another one for each folder of videos."""
+    folder = find_dataset(dataset).folder
+    if dataset == "csv" and videos:
+        folder += f"-{hashlib.sha256(str(videos.resolve()).encode()).hexdigest()[:8]}"
+    return data / "cache" / folder
+
+
+def held_out(names: Iterable[str], count: int) -> set[str]:
+    """`count` of the names, chosen by a hash: the same on every machine, and stable if names are added."""
+    return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
+
+
+def _validation(train: Sequence[str]) -> set[str]:
+    """Clips to hold out where there is no validation split: a tenth of the training clips, at most 1,000."""
+    return held_out(train, min(1000, max(1, len(train) // 10)))
+
+
+# ---- built in, and your own data
+
+
+@register("shapes")
+def read_shapes(data: Path, *_: Path | None, what: str = "clips") -> list[Clip]:
+    """The built-in clips, rendered into DATA/shapes if they are not there (shapes.py). Raises DataError."""
+    folder = data / "shapes"
+    try:
+        shapes.render(folder)
+    except (OSError, RuntimeError) as error:
+        raise DataError(str(error)) from None
+    return read_csv(folder / f"{what}.csv", folder / what)
+
+
+@register("pictures")
+def read_pictures(data: Path, *_: Path | None) -> list[Clip]:
+    """The built-in still pictures, on which the tiny CLIP is pretrained. Raises DataError."""
+    return read_shapes(data, what="pictures")
+
+
+@register("csv")
+def read_own(data: Path, annotations: Path | None = None, videos: Path | None = None) -> list[Clip]:
+    """Your own data: `read_csv`. Raises DataError if a path is not given."""
+    if annotations is None or videos is None:
+        raise DataError("--dataset csv needs --annotations FILE (video,caption[,split]) and --videos DIR.")
+    return read_csv(annotations, videos)
+
+
+def read_csv(annotations: Path, videos: Path) -> list[Clip]:
+    """Clips of a CSV file with columns video,caption[,split][,start,end], or a JSONL file with these keys.
+
+    Rows of the same video and window (start, end: seconds) are captions of one clip. videos: the folder of
+    videos or pictures. Without splits, a hash of the videos' names decides (80/10/10). Raises DataError for a
+    missing file or column, an empty caption, a wrong split or window, or a clip in two splits."""
+    if not annotations.is_file():
+        raise DataError(
+            f"{annotations} not found: give a CSV or JSONL file of video,caption by --annotations."
+        )
+    if not videos.is_dir():
+        raise DataError(f"{videos} is not a folder: give the folder of video files with --videos.")
+    jsonl = annotations.suffix == ".jsonl"
+    rows = _jsonl(annotations) if jsonl else read_rows(annotations, "video", "caption")
+    files, has_splits = Files(videos), any(row.get("split") for row in rows)
+    found: dict[str, Clip] = {}
+    for number, row in enumerate(rows, start=1 if jsonl else 2):
+        where = f"{annotations}, row {number}"
+        name, caption, split = (row.get(column) or "" for column in ("video", "caption", "split"))
+        if not name or not caption.strip():
+            what = "caption" if name else "video"
+            raise DataError(f"{where}: the {what} is empty; fill it in or delete the row.")
+        if has_splits and split not in SPLITS:
+            raise DataError(f"{where}: the split of {name} is {split!r}; it must be train, val or test.")
+        start, end = _window(row, where)
+        window = f" [{start:g}-{'' if end is None else f'{end:g}'}]" if start or end is not None else ""
+        clip = found.setdefault(name + window, Clip(name + window, files.video(name), (), split, start, end))
+        if clip.split != split:
+            raise DataError(f"{where}: {clip.id} is in two splits; put all its rows in one.")
+        found[clip.id] = replace(clip, captions=(*clip.captions, caption.strip()))
+    if has_splits:
+        return list(found.values())
+    names = {clip.path.name for clip in found.values()}  # all windows of a video are in the same split
+    tenth = max(1, len(names) // 10)
+    splits = dict.fromkeys(held_out(names, 2 * tenth), "val") | dict.fromkeys(held_out(names, tenth), "test")
+    return [replace(clip, split=splits.get(clip.path.name, "train")) for clip in found.values()]
+
+
+def _jsonl(path: Path) -> list[dict[str, str]]:
+    try:
+        rows = [json.loads(line) for line in read_lines(path)]
+        return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise DataError(f"{path} is not JSONL ({error}): write one object in each line.") from None
+
+
+def _window(row: dict[str, str], where: str) -> tuple[float, float | None]:
+    start, end = row.get("start") or "0", row.get("end")
+    try:
+        window = float(start), float(end) if end else None
+    except ValueError:
+        raise DataError(f"{where}: start and end are seconds, not {start!r} and {end!r}.") from None
+    if window[0] < 0 or (end and window[1] <= window[0]):
+        raise DataError(f"{where}: the window {start} to {end} s is empty; end must be later than start.")
+    return window
+
+
+# ---- public data sets
+
+
+@register(
+    "msrvtt",
+    needs=("MSRVTT_data.json", "MSRVTT_train.9k.csv or MSRVTT_train.7k.csv", "MSRVTT_JSFUSION_test.csv"),
+    also="the videos video0.mp4 to video9999.mp4: msrvtt_data.zip of github.com/ArrowLuo/CLIP4Clip's "
+    "releases and MSRVTT.zip of github.com/m-bain/frozen-in-time",
+)
+def read_msrvtt(files: Files, train: str = "9k") -> Iterator[Clip]:
+    """MSR-VTT. train 9k, 7k: these training lists and the 1k-A test split, one caption a clip.
+
+    full: the official splits, 20 captions a clip. Validation of 9k and 7k: the official validation clips in
+    the training list (497 of 9k), or a held-out part of it if the JSON has no official splits."""
+    content = files.json("MSRVTT_data.json")
+    captions = _grouped((sentence["video_id"], sentence["caption"]) for sentence in content["sentences"])
+    official = {video["video_id"]: video.get("split", "") for video in content.get("videos", [])}
+    official = {name: split.replace("validate", "val") for name, split in official.items()}
+    if train == "full":
+        splits = {name: official.get(name, "") for name in captions}
+    else:
+        names = [row["video_id"] for row in files.rows(f"MSRVTT_train.{train}.csv", "video_id")]
+        val = {name for name in names if official.get(name) == "val"} or _validation(names)
+        splits = {name: "val" if name in val else "train" for name in names}
+        for row in files.rows("MSRVTT_JSFUSION_test.csv", "video_id", "sentence"):
+            splits[row["video_id"]], captions[row["video_id"]] = "test", [row["sentence"]]
+    for name, split in splits.items():
+        yield Clip(name, files.video(f"{name}.mp4"), tuple(captions.get(name, ())), split)
+
+
+@register("msrvtt-7k", like="msrvtt")
+def read_msrvtt_7k(files: Files) -> Iterator[Clip]:
+    """MSR-VTT with the training list 7k."""
+    return read_msrvtt(files, train="7k")
+
+
+@register("msrvtt-full", like="msrvtt")
+def read_msrvtt_full(files: Files) -> Iterator[Clip]:
+    """MSR-VTT with its official splits."""
+    return read_msrvtt(files, train="full")
+
+
+@register(
+    "lsmdc",
+    needs=("LSMDC16_annos_training.csv", "LSMDC16_annos_val.csv", "LSMDC16_challenge_1000_publictect.csv"),
+    also="the .avi clips, with a signed licence: sites.google.com/site/describingmovies/download",
+)
+def read_lsmdc(files: Files) -> Iterator[Clip]:
+    """LSMDC. Files are separated by tabs, without header or quoting; a clip has a line for each caption."""
+    for split, name in zip(SPLITS, DATASETS["lsmdc"].needs):
+        sentences = []
+        for number, line in enumerate(files.lines(name), start=1):
+            if line.startswith('"'):  # some copies quote the whole line
+                line = line[1:].removesuffix('"').replace('""', '"')
+            fields = line.split("\t")
+            if len(fields) not in (6, 7):  # in one variant the seventh is a paraphrase
+                where = f"{files.annotation(name)}, line {number}"
+                raise DataError(f"{where}: {len(fields)} tab-separated fields, not 6; get the file again.")
+            sentences.append((fields[0], fields[5]))
+        for clip, captions in _grouped(sentences).items():
+            movie = clip.split(".")[0][:-3]  # the id is MOVIE_HH.MM.SS.mmm-HH.MM.SS.mmm
+            yield Clip(clip, files.video(f"{movie}/{clip}.avi"), tuple(captions), split)
+
+
+@register(
+    "didemo",
+    needs=("train_data.json", "val_data.json", "test_data.json"),
+    also="the Flickr videos (github.com/LisaAnne/LocalizingMoments), and for the split of retrieval papers "
+    "train_list.txt, val_list.txt, test_list.txt (github.com/albanie/collaborative-experts)",
+)
+def read_didemo(files: Files) -> Iterator[Clip]:
+    """DiDeMo, paragraph retrieval: all descriptions of a video, joined; the first 30 s, which were annotated.
+
+    The optional {split}_list.txt name the videos of retrieval papers (test: 1,004 of 1,037)."""
+    for split in SPLITS:
+        items = files.json(f"{split}_data.json")
+        descriptions = _grouped((item["video"], item["description"]) for item in items)
+        if files.has(f"{split}_list.txt"):
+            names = files.lines(f"{split}_list.txt")
+        else:
+            names = list(descriptions)
+            what = f"all {len(names)} videos of {split}_data.json are used, more than in retrieval papers"
+            print(f"note: {files.annotations} has no {split}_list.txt: {what}.", file=sys.stderr)
+        for name in names:
+            yield Clip(name, files.video(name), (" ".join(descriptions.get(name, ())),), split, 0.0, 30.0)
+
+
+@register(
+    "charades",
+    needs=("Charades_v1_train.csv", "Charades_v1_test.csv"),
+    also="the videos of Charades_v1_480 (prior.allenai.org/projects/charades)",
+)
+def read_charades(files: Files) -> Iterator[Clip]:
+    """Charades: the caption of a video is its script. Validation: a held-out part of the training videos."""
+    train, test = (files.rows(name, "id", "script") for name in DATASETS["charades"].needs)
+    val = _validation([row["id"] for row in train])
+    for split, rows in (("train", train), ("test", test)):
+        for number, row in enumerate(rows, start=2):
+            name = row["id"]  # a string, even if it looks like a number
+            if not re.fullmatch("[A-Z0-9]{5}", name):
+                where = f"{files.annotation(f'Charades_v1_{split}.csv')}, row {number}"
+                why = "a spreadsheet may have changed the file: unpack it again"
+                raise DataError(f"{where}: {name!r} is not a video id (5 letters and digits); {why}.")
+            yield Clip(name, files.video(f"{name}.mp4"), (row["script"],), "val" if name in val else split)
+
+
+@register(
+    "vatex",
+    needs=("vatex_training_v1.0.json", "vatex_validation_v1.0.json"),
+    also="the YouTube clips (eric-xw.github.io/vatex-website), and for the split of retrieval papers HGR's "
+    "val_list.txt and test_list.txt",
+)
+def read_vatex(files: Files) -> Iterator[Clip]:
+    """VATEX, English, 10 captions a clip. Validation and test are halves of the official validation set.
+
+    {val,test}_list.txt (HGR's) name the halves; without them the halves are our own. A video is `<id>.mp4`, a
+    clip of 10 s, or `<first 11 characters>.mp4`, the whole YouTube video; the rest of the id is a window."""
+    train, rest = (
+        {item["videoID"]: item["enCap"] for item in files.json(name)} for name in DATASETS["vatex"].needs
+    )
+    if files.has("test_list.txt") and files.has("val_list.txt"):
+        halves = {name: split for split in ("val", "test") for name in files.lines(f"{split}_list.txt")}
+    else:
+        test = held_out(rest, len(rest) // 2)
+        halves = {name: "test" if name in test else "val" for name in rest}
+        what = "has no val_list.txt and test_list.txt (HGR's), so numbers do not compare with published ones"
+        print(f"note: {files.annotations} {what}.", file=sys.stderr)
+    captions = train | rest
+    for name, split in (dict.fromkeys(train, "train") | halves).items():
+        path, whole, window = files.video(f"{name}.mp4"), files.video(f"{name[:11]}.mp4"), (0.0, None)
+        if not path.is_file() and whole.is_file():
+            path, window = whole, tuple(float(seconds) for seconds in name[12:].split("_"))
+        yield Clip(name, path, tuple(captions.get(name, ())), split, *window)
+
+
+@register(
+    "msvd",
+    needs=("captions_msvd.json or raw-captions.pkl", "train_list.txt", "val_list.txt", "test_list.txt"),
+    also="the .avi clips (cs.utexas.edu/users/ml/clamp/videoDescription); the lists are in msvd_data.zip of "
+    "github.com/ArrowLuo/CLIP4Clip's releases",
+)
+def read_msvd(files: Files) -> Iterator[Clip]:
+    """MSVD, about 41 captions a clip: a JSON of {id: [sentence]}, or a pickle of {id: [[word]]}."""
+    if files.has("captions_msvd.json") or not files.has("raw-captions.pkl"):
+        captions = files.json("captions_msvd.json")
+    else:
+        pickled = _plain_pickle(files.annotation("raw-captions.pkl"))
+        captions = {name: [" ".join(words) for words in sentences] for name, sentences in pickled.items()}
+    for split in SPLITS:
+        for name in files.lines(f"{split}_list.txt"):
+            yield Clip(name, files.video(f"{name}.avi"), tuple(captions.get(name, ())), split)
+
+
+def _plain_pickle(path: Path):
+    """The content of a pickle of dicts, lists and strings. Raises DataError for one that would run code."""
+
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    try:
+        with path.open("rb") as file:
+            return Plain(file).load()
+    except (pickle.UnpicklingError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a plain pickle of captions ({error}): download it again.") from None

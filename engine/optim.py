@@ -1,0 +1,143 @@
+"""AdamW, its schedule, the guard against non-finite steps, and the state of all these in last.pt."""
+
+import math
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from engine.backbone import resolve_amp
+from engine.config import Config
+from engine.files import ModelError
+from model import TMASS
+
+
+def learning_rate(step: int, total: int, warmup: float) -> float:
+    """The factor of the learning rate: linear warmup over a fraction of the steps, then cosine decay."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def parameter_groups(model: TMASS, config: Config) -> list[dict]:
+    """AdamW's three groups: the trainable parameters of CLIP, psi and R, each with its learning rate."""
+    clip = [parameter for parameter in model.clip.parameters() if parameter.requires_grad]
+    radius = [] if model.radius is None else [*model.radius.parameters()]
+    radius_lr = config.head_lr if config.radius_lr is None else config.radius_lr
+    return [
+        {"params": clip, "lr": config.clip_lr},
+        {"params": [*model.fusion.parameters()], "lr": config.head_lr},
+        {"params": radius, "lr": radius_lr},
+    ]
+
+
+def batch_norms(model: TMASS) -> list[nn.Module]:
+    """The BatchNorm layers of CLIP: a ResNet has them, a vision transformer has none."""
+    return [module for module in model.clip.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def train_mode(model: TMASS, config: Config) -> None:
+    """Training mode, with BatchNorm in eval mode except for --method clip, which (pre)trains CLIP itself."""
+    model.train()
+    if config.method != "clip":
+        for module in batch_norms(model):
+            module.eval()
+
+
+def compile_encoders(model: TMASS, choice: str) -> None:
+    """--compile: compiles CLIP's two encoders at their first call. Parameter names stay the same."""
+    if choice == "on" or (choice == "auto" and model.logit_scale.is_cuda and find_spec("triton")):
+        model.clip.visual.compile()
+        model.clip.transformer.compile()
+
+
+class TrainState:
+    """The model with its optimizer, schedule, fp16 scaler and guard, and the progress of the run.
+
+    step: steps taken; validated: step of the last validation; val: its metrics; best: the highest R@1 + R@5
+    + R@10 on validation so far."""
+
+    def __init__(self, model: TMASS, config: Config, total: int):
+        device = model.logit_scale.device
+        self.model, self.step, self.validated, self.best, self.val = model, 0, 0, -1.0, None
+        groups = parameter_groups(model, config)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        rate = partial(learning_rate, total=total, warmup=config.warmup)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=resolve_amp(device, config.amp) == "fp16")
+        self.guard = Guard(model, config)
+
+    def state_dict(self) -> dict:
+        """Everything except the model, as plain values and tensors."""
+        return dict(
+            optimizer=self.optimizer.state_dict(),
+            schedule=self.schedule.state_dict(),
+            scaler=self.scaler.state_dict(),
+            guard=self.guard.counts.tolist(),
+            step=self.step,
+            validated=self.validated,
+            best=self.best,
+            val=self.val,
+        )
+
+    def load(self, state: dict) -> None:
+        """Restores the content of last.pt, model included. Raises ModelError if it does not fit."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            self.guard.counts = self.guard.counts.new_tensor(state["guard"])
+            for name in ("step", "validated", "best", "val"):
+                setattr(self, name, state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            what = str(error).strip().splitlines()[0]
+            advice = "another version wrote it, or --arch has other weights now; name another --out"
+            raise ModelError(f"last.pt does not fit this model ({what}): {advice}.") from None
+
+
+class Guard:
+    """Skips and counts the steps whose loss or gradient is not finite. Never makes the CPU wait for the GPU.
+
+    A skipped step leaves weights, BatchNorm statistics and AdamW's moments unchanged; the schedule and the
+    batches go on. With fp16 it halves the loss scale, so a few skipped steps at the start are normal."""
+
+    stop_after = 10  # skipped steps in a row that end the training
+
+    def __init__(self, model: TMASS, config: Config):
+        norms = batch_norms(model) if config.method == "clip" else []
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        # Steps skipped; skipped in a row now; the longest such row, and its last step.
+        self.counts = torch.zeros(4, dtype=torch.long, device=model.logit_scale.device)
+
+    def before_forward(self) -> None:
+        """Keeps the BatchNorm statistics that the forward pass will change."""
+        self.kept = [buffer.clone() for buffer in self.statistics]
+
+    def after_backward(self, optimizer: torch.optim.Optimizer, norm: Float[Tensor, ""], step: int) -> None:
+        """Makes the optimizer skip the step if the gradient norm is not finite.
+
+        Fused AdamW reads `found_inf` on the device. A GradScaler sets it too."""
+        bad = ~norm.isfinite()
+        optimizer.found_inf = bad.float()
+        for buffer, old in zip(self.statistics, self.kept):
+            buffer.copy_(torch.where(bad, old, buffer))
+        skipped, row, longest, last = self.counts.unbind()
+        row = (row + 1) * bad
+        last = torch.where(row > longest, step, last)
+        self.counts = torch.stack([skipped + bad, row, torch.maximum(longest, row), last])
+
+    def read(self) -> tuple[int, int | None]:
+        """Steps skipped so far, and the last of `stop_after` skipped in a row or None. Waits for the GPU."""
+        skipped, _, longest, last = self.counts.tolist()
+        return skipped, last if longest >= self.stop_after else None
+
+
+def finite(value: Tensor) -> float | None:
+    """The value as a float, or None if it is not finite: JSON has no NaN."""
+    number = value.item()
+    return number if math.isfinite(number) else None

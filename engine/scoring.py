@@ -1,0 +1,401 @@
+"""Scores of every text with every video ("Inference Pipeline"): the best of M draws, exact and fast.
+
+The equation itself is `evaluate.scores_literal`; `scores` computes the same numbers in bounded memory. A
+score is made of one text and one video, and of nothing else. Copy this file with model.py and losses.py: the
+three need torch, numpy and jaxtyping.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from losses import cosine_scores
+from model import TMASS, MeanPool, Radius, XPool, sample_noise, stochastic_text
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+def noise_bank(
+    M: int, dim: int, seed: int, prior: str = "normal", std: float = 1.0
+) -> Float[Tensor, "M dim"]:
+    """eps_1 .. eps_M, drawn once and shared by all pairs (--noise shared); the same on every device.
+
+    prior "normal": N(0, std^2), the paper's with std = 1; "uniform": U(0, 1), the released code's default."""
+    return sample_noise(M, dim, prior=prior, std=std, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class PairNoise:
+    """Independent draws for each pair (--noise independent). They follow from seed, text i and video j alone,
+    so they do not depend on blocks or ranks. Slow: a random number for each pair, draw and channel."""
+
+    M: int
+    seed: int = 0
+    prior: str = "normal"
+    std: float = 1.0
+    first_video: int = 0  # the number of the first column, where a rank holds a shard of the videos
+
+    def block(
+        self, texts: Sequence[int], videos: Sequence[int], dim: int
+    ) -> Float[Tensor, "M texts videos dim"]:
+        """eps of every pair of the given texts and videos, by their numbers."""
+        seeds = [
+            np.random.SeedSequence([self.seed, i, self.first_video + j]).generate_state(1, np.uint64)[0]
+            for i in texts
+            for j in videos
+        ]
+        draws = [noise_bank(self.M, dim, int(seed) & 2**63 - 1, self.prior, self.std) for seed in seeds]
+        return torch.stack(draws, dim=1).unflatten(1, (len(texts), len(videos)))
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The expected best of M draws, from the mean and variance of a pair's score (--score expected).
+
+    eps has independent channels of mean mu, variance s^2. With t' = t + mu R, X = t_s . v, N = |t_s|^2:
+        E X = t' . v =: x          E N = |t'|^2 + s^2 |R|^2 =: n
+    With A = sum R^2 v^2, B = sum R^2 v t', C = sum R^2 t'^2 (sums over channels), the delta method gives for
+    the cosine X / (|v| sqrt N)
+        mean = (x / n^(1/2) - s^2 B / n^(3/2) + 3/2 s^2 x C / n^(5/2)) / |v|          (second order)
+        var  = s^2 (A - 2 (x / n) B + (x / n)^2 C) / (n |v|^2)                        (first order)
+    A sum over many channels is close to normal, so the best of M is expected at mean + c_M sqrt(var), where
+    c_M is the expected largest of M standard normals (c_1 = 0, c_20 = 1.867). The error of the delta method
+    grows with the spread of log R over channels, which --recipe best trains to be large."""
+
+    M: int
+    prior: str = "normal"
+    std: float = 1.0
+
+    def of(self, text: Tensor, radius: Tensor, video: Tensor) -> Tensor:
+        """The expected best score of each pair. Sums over the last axis, the channels."""
+        mu, s2 = (0.5, 1 / 12) if self.prior == "uniform" else (0.0, self.std**2)
+        t = text + mu * radius if mu else text
+        r2 = radius.square()
+        x = (t * video).sum(-1)
+        n = (t.square().sum(-1) + s2 * r2.sum(-1)).clamp_min(1e-24)
+        r2v, r2t = r2 * video, r2 * t
+        A, B, C = (r2v * video).sum(-1), (r2v * t).sum(-1), (r2t * t).sum(-1)
+        mean = (x - s2 * B / n + 1.5 * s2 * x * C / n.square()) / n.sqrt()
+        variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
+        best = mean + best_of(self.M) * variance.clamp_min(1e-20).sqrt()
+        return best / video.norm(dim=-1).clamp_min(1e-12)
+
+
+@functools.cache
+def best_of(M: int) -> float:
+    """c_M: the expected largest of M standard normals, the integral of x d(Phi(x)^M)."""
+    x = torch.linspace(-12, 12, 48_001, dtype=torch.float64)
+    density = torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
+    return torch.trapezoid(x * M * torch.special.ndtr(x) ** (M - 1) * density, x).item()
+
+
+Noise = Float[Tensor, "M dim"] | PairNoise | Expectation
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+@torch.no_grad()
+def scores(
+    model: TMASS,
+    text: Float[Tensor, "texts dim"],
+    frames: Float[Tensor, "videos frames dim"],
+    noise: Noise,
+    block: int | None = None,
+    own_text: Float[Tensor, "videos dim"] | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "texts videos"]:
+    """The score of every pair, in blocks of about `block` pairs (default: `default_block`). Dropout is off.
+
+    Memory is that of a block: it grows neither with texts x videos x dim nor with M. XPool, MeanPool and
+    every Radius have a fast form (`_Fast`). Another psi or R is scored as the paper writes it, block by
+    block, and a warning says so. Each call compares the fast scores with the literal ones on a few pairs: if
+    they differ, because model.py was changed, the literal ones are used, and a warning says so.
+    frames    may have another dtype than text (a float16 memory map): each block is converted by itself
+    own_text  the released protocol, which LEAKS: video j is pooled by own_text[j], its own caption"""
+    noise = noise.to(text) if isinstance(noise, Tensor) else noise
+    pairs = block or default_block(text.shape[1], text.device)
+    if isinstance(noise, PairNoise):
+        pairs = max(1, pairs // max(1, noise.M))
+    task = _Task(model, text, frames, noise, own_text)
+    with _eval_mode(model):
+        if slow := task.without_fast_form():
+            warnings.warn(
+                f"{slow} has no fast form (engine/scoring.py): its scores take longer.", stacklevel=2
+            )
+            return task.in_blocks(pairs, task.literal, progress)
+        found = task.in_blocks(pairs, _Fast(task, pairs).prepare, progress)
+        few = [[*{0, count // 2, count - 1}] for count in found.shape]
+        difference = (found[few[0]][:, few[1]] - task.literal_block(*few)).abs()
+        if (difference > _tolerance(text)).any():
+            message = f"fast and literal scores differ by {difference.max():.1e}: the literal ones are used. "
+            warnings.warn(message + "After a change of model.py, change engine/scoring.py too.", stacklevel=2)
+            return task.in_blocks(pairs, task.literal, progress)
+    return found
+
+
+def default_block(dim: int, device: torch.device) -> int:
+    """Pairs a block: its three tensors (pairs, dim) fill half of the CPU's last cache, or a sixteenth of the
+    GPU's free memory. On the CPU 2 to 8 MiB were fastest; larger blocks force new allocations."""
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0] // 16
+    else:
+        try:
+            cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+        except (ValueError, OSError, AttributeError):  # only Linux tells
+            cache = 0
+        memory = min(max((cache or 2**24) // 2, 2**21), 2**23)
+    return max(256, memory // (3 * 4 * dim))
+
+
+def _tolerance(text: Tensor) -> float:
+    """How far rounding can move a fast score, which is a cosine, away from the literal one."""
+    exact = torch.get_float32_matmul_precision() == "highest"  # else products may be TF32 or bfloat16
+    return {torch.float64: 1e-8, torch.float32: 1e-4 if exact else 3e-2}.get(text.dtype, 3e-2)
+
+
+@contextlib.contextmanager
+def _eval_mode(model: TMASS) -> Iterator[None]:
+    """Turns dropout of psi and R off within the block."""
+    modes = [(part, part.training) for part in (model.fusion, model.radius) if part is not None]
+    try:
+        for part, _ in modes:
+            part.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.train(training)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be scored, and the literal form: max_m cos(t + R eps_m, v), as the paper writes it."""
+
+    model: TMASS
+    text: Tensor
+    frames: Tensor
+    noise: Noise
+    own_text: Tensor | None
+
+    @property
+    def draws(self) -> int:
+        """M, or 0 without a mass."""
+        if self.model.radius is None:
+            return 0
+        return len(self.noise) if isinstance(self.noise, Tensor) else self.noise.M
+
+    def without_fast_form(self) -> str:
+        """The class of the psi or R that can only be scored literally, or ""."""
+        psi, radius = self.model.fusion, self.model.radius
+        if self.own_text is None and type(psi) not in (MeanPool, XPool):
+            return type(psi).__name__
+        if radius is not None and getattr(type(radius), "forward", None) is not Radius.forward:
+            return type(radius).__name__  # `from_similarities` may not be all that it does
+        return ""
+
+    def in_blocks(self, pairs: int, prepare: Callable[[range], Callable], progress: bool) -> Tensor:
+        """All scores, (texts, videos). prepare(videos) gives the function that scores texts with these."""
+        texts, videos = len(self.text), len(self.frames)
+        columns = max(1, min(videos, max(int(pairs**0.5), pairs // max(1, texts))))
+        rows = max(1, pairs // columns)
+        out, starts = self.text.new_empty(texts, videos), range(0, videos, columns)
+        if progress and texts * videos > 10**6:
+            from tqdm.auto import tqdm
+
+            starts = tqdm(starts, desc="scores", leave=False)
+        for v in starts:
+            score = prepare(range(v, min(v + columns, videos)))
+            for t in range(0, texts, rows):
+                some = range(t, min(t + rows, texts))
+                out[t : some.stop, v : v + columns] = score(some)
+        return out
+
+    def literal(self, videos: range) -> Callable[[range], Tensor]:
+        """The function that scores texts with these videos as the paper writes it."""
+        return lambda texts: self.literal_block(texts, videos)
+
+    def literal_block(self, texts: Sequence[int], videos: Sequence[int]) -> Float[Tensor, "texts videos"]:
+        """The scores of some texts with some videos; one draw is in memory at a time."""
+        t, f = self.text[list(texts)], self.frames[list(videos)].to(self.text)
+        if self.own_text is None:
+            video = self.model.fusion(t, f)  # v = psi(t, f)
+        else:
+            video = self.pooled_by_own_text(videos).expand(len(t), -1, -1)
+        if self.draws == 0:
+            return cosine_scores(t, video)
+        radius = self.model.radius(t, f, video)  # R
+        if isinstance(self.noise, Expectation):
+            return self.noise.of(t[:, None], radius, video)
+        best = torch.full(video.shape[:2], -torch.inf, dtype=t.dtype, device=t.device)
+        for eps in (
+            self.own_draws(texts, videos) if isinstance(self.noise, PairNoise) else self.noise.split(1)
+        ):
+            t_s = stochastic_text(t, radius, eps)[0]  # t_s = t + R eps
+            best = torch.maximum(best, cosine_scores(t_s, video))
+        return best
+
+    def own_draws(self, texts: Sequence[int], videos: Sequence[int]) -> Sequence[Tensor]:
+        """PairNoise's eps of these pairs: M tensors (1, texts, videos, dim)."""
+        return self.noise.block(texts, videos, self.text.shape[1]).to(self.text).split(1)
+
+    def pooled_by_own_text(self, videos: Sequence[int]) -> Float[Tensor, "videos dim"]:
+        """v[j, j]: each video pooled by its own caption (the released protocol, which leaks)."""
+        pairs = ((self.own_text[j, None], self.frames[j, None].to(self.text)) for j in videos)
+        return torch.stack([self.model.fusion(t, f)[0, 0] for t, f in pairs])
+
+
+# ------------------------------------------------------------------------------------------ the fast form
+
+
+class _Fast:
+    """The same scores by fewer products; equal to the literal ones but for rounding.
+
+    psi: after the attention, v is linear in the weights a, except for the scales of two LayerNorms. With u_k
+    the value of frame k:
+        y_k = W_o u_k + b_o,  centred over channels          (sum_k a_k = 1 folds the bias in)
+        o   = gamma2 sum_k a_k y_k / sigma + beta2           sigma^2 = a' G a + eps,  G = Y Y' / dim: LN2
+        x   = sum_k (a_k / sigma) z_k + c                    z_k = (I + P) gamma2 y_k,  c = (I + P) beta2 + p
+        v   = gamma3 x / delta + beta3 = sum_k A_k atom_k    delta^2 = |x|^2 / dim + eps: LN3, z, c centred
+    So v is one product of T' + 2 coefficients a pair with T' + 2 atoms a video. No dim x dim product is left
+    in the loop over pairs, except two of JointRadius. v . t and |v| come from the atoms too. Heads are more
+    k. t_s: with E the noise bank (M, dim), three products give all draws, without an (M, pairs, dim) tensor:
+        t_s . v = t . v + (R v) E',         |t_s|^2 = |t|^2 + 2 (R t) E' + (R R) (E E)'"""
+
+    def __init__(self, task: _Task, pairs: int):
+        psi, text = task.model.fusion, task.text
+        self.task, self.unit, self.square, self.query = (
+            task,
+            F.normalize(text, dim=-1),
+            text.square().sum(-1),
+            None,
+        )
+        if task.own_text is None and isinstance(psi, XPool):  # W_q LN1(t) / sqrt(dim / heads)
+            self.query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
+            self.query = self.query / self.query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
+        self.buffer = text.new_empty(2, pairs, text.shape[1])  # v, then R t and R R, of each block
+
+    def prepare(self, videos: range) -> Callable[[range], Tensor]:
+        """The function that scores texts with these videos."""
+        task = self.task
+        frames = task.frames[videos.start : videos.stop].to(task.text)
+        few = (
+            3 * len(task.text) < 4 * frames.shape[1]
+        )  # pooling first: 3 dim^2 a pair; atoms: 4 dim^2 a frame
+        if self.query is None:
+            constant = isinstance(task.model.fusion, MeanPool) and task.own_text is None
+            v = F.normalize(frames, dim=-1).mean(dim=1) if constant else task.pooled_by_own_text(videos)
+            fused = _Atoms(v[:, None])
+        else:
+            fused = _Atoms.of(task.model.fusion, frames) if not few else None
+        video = _pool_then_project(task.model.fusion, self.query, frames) if fused is None else None
+        return functools.partial(self.block, videos, F.normalize(frames, dim=-1), fused, video)
+
+    def block(
+        self, videos: range, unit: Tensor, fused: "_Atoms | None", video: Tensor | None, texts: range
+    ) -> Float[Tensor, "texts videos"]:
+        """The scores of a block. Tensors of pairs are (videos, texts, ...) here."""
+        model, noise, some = self.task.model, self.task.noise, slice(texts.start, texts.stop)
+        text, square = self.task.text[some], self.square[some]
+        if fused is None:
+            video = video[:, some].clone()
+            length, dot = video.norm(dim=-1).clamp_min(1e-12), (video * text).sum(dim=-1)
+        else:
+            A = fused.coefficients(model.fusion, text[None] if self.query is None else self.query[:, some])
+            length = (fused.gram @ A * A).sum(dim=1).clamp_min(1e-24).sqrt()  # |v|        (videos, texts)
+            dot = (_products(fused.atoms, text) * A).sum(dim=1)  # t . v
+        if self.task.draws == 0:
+            return (dot / length / square.clamp_min(1e-24).sqrt()).T
+        if fused is not None:
+            shape = (*dot.shape, text.shape[1])
+            video = torch.bmm(A.mT, fused.atoms, out=self.buffer[0, : dot.numel()].view(shape))
+        sims = _products(unit, self.unit[some]).mT  # S        (videos, texts, frames)
+        radius = model.radius.from_similarities(sims, text, video)
+        if isinstance(noise, Expectation):
+            return noise.of(text, radius, video).T
+        if isinstance(noise, PairNoise):
+            draws = (text + radius * eps[0].transpose(0, 1) for eps in self.task.own_draws(texts, videos))
+            best = [F.cosine_similarity(t_s, video, dim=-1, eps=1e-12) for t_s in draws]
+            return torch.stack(best).amax(dim=0).T
+        dots = torch.addmm(
+            dot.flatten(), noise, video.mul_(radius).flatten(0, 1).T
+        )  # t_s . v       (M, pairs)
+        product = self.buffer[1, : dot.numel()].view_as(radius)
+        squares = (noise @ torch.mul(radius, text, out=product).flatten(0, 1).T).mul_(2)
+        squares = squares.addmm_(noise.square(), torch.mul(radius, radius, out=product).flatten(0, 1).T)
+        squares = squares.add_(square.repeat(len(length)))  # |t_s|^2
+        best = (dots * squares.clamp_min_(1e-24).rsqrt_()).amax(dim=0)
+        return (best.view_as(length) / length).T
+
+
+@dataclass(frozen=True)
+class _Atoms:
+    """The atoms of a block of videos; k is heads x frames. If v ignores the text, it is the only atom."""
+
+    atoms: Tensor  #                                    (videos, k + 2, dim), or (videos, 1, dim)
+    key: Tensor | None = None  # W_k LN1(f)             (heads, videos, frames, dim / heads)
+    gram2: Tensor | None = None  # G of LN2             (videos, k, k)
+    gram3: Tensor | None = None  # G of LN3             (videos, k + 1, k + 1)
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """Inner products of a video's atoms, for |v|."""
+        return self.atoms @ self.atoms.mT
+
+    @classmethod
+    def of(cls, psi: XPool, frames: Tensor) -> "_Atoms":
+        """The atoms of psi; see _Fast."""
+        videos, _, dim = frames.shape
+        normed = psi.norm1(frames)
+        key = psi.key(normed).unflatten(-1, (psi.heads, -1)).permute(2, 0, 1, 3).contiguous()
+        value = psi.value(normed).unflatten(-1, (psi.heads, -1))  # (videos, frames, heads, dim / heads)
+        weight = psi.out.weight.unflatten(-1, (psi.heads, -1))  # (dim, heads, dim / heads)
+        y = torch.einsum("vfhe,dhe->vhfd", value, weight).flatten(1, 2)
+        y = _centred(y + psi.out.bias / psi.heads)
+        z = y * psi.norm2.weight
+        z = _centred(z + F.linear(z, psi.linear.weight))
+        c = _centred(psi.norm2.bias + psi.linear(psi.norm2.bias))
+        z = torch.cat([z, c.expand(videos, 1, dim)], dim=1)
+        atoms = torch.cat([z * psi.norm3.weight, psi.norm3.bias.expand(videos, 1, dim)], dim=1)
+        return cls(atoms, key, y @ y.mT / dim, z @ z.mT / dim)
+
+    def coefficients(self, psi: torch.nn.Module, query: Tensor) -> Tensor:
+        """A, (videos, k + 2, texts), of every pair with the given queries (heads, texts, dim / heads)."""
+        if self.key is None:
+            return self.atoms.new_ones(len(self.atoms), 1, query.shape[1])
+        logits = torch.stack([_products(k, q) for k, q in zip(self.key, query)], dim=1)
+        a = logits.softmax(dim=2).flatten(1, 2)  # (videos, heads x frames, texts)
+        inverse_sigma = ((self.gram2 @ a * a).sum(dim=1, keepdim=True) + psi.norm2.eps).rsqrt()
+        w = torch.cat([a * inverse_sigma, torch.ones_like(inverse_sigma)], dim=1)
+        inverse_delta = ((self.gram3 @ w * w).sum(dim=1, keepdim=True) + psi.norm3.eps).rsqrt()
+        return torch.cat([w * inverse_delta, torch.ones_like(inverse_delta)], dim=1)
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(dim=-1, keepdim=True)
+
+
+def _products(y: Tensor, x: Tensor) -> Tensor:
+    """Inner products of vectors (videos, k, dim) with all texts (texts, dim): (videos, k, texts)."""
+    return (y.flatten(0, 1) @ x.T).unflatten(0, y.shape[:2])
+
+
+def _pool_then_project(psi: XPool, query: Tensor, frames: Tensor) -> Float[Tensor, "videos texts dim"]:
+    """v for few texts: W_k moves to the query's side and W_v behind the pooling, away from the frames.
+
+    q . (W_k x + b) = (W_k' q) . x + q . b, and the softmax does not change by the last term."""
+    normed = psi.norm1(frames)
+    moved = torch.einsum("hte,hed->htd", query, psi.key.weight.unflatten(0, (psi.heads, -1)))
+    a = torch.einsum("htd,vfd->vhtf", moved, normed).softmax(dim=-1)
+    pooled = a @ normed[:, None]  # (videos, heads, texts, dim)
+    value = torch.einsum("vhtd,hed->vthe", pooled, psi.value.weight.unflatten(0, (psi.heads, -1)))
+    o = psi.norm2(psi.out(value.flatten(-2) + psi.value.bias))
+    return psi.norm3(o + psi.linear(o))

@@ -1,0 +1,170 @@
+"""The optimizer: its schedule and groups, BatchNorm, compilation, and the guard against non-finite steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import small_clip
+from test_train import a_step, csv_config, gradients
+from torch import nn
+
+import train
+from engine.config import METHODS, Config
+from engine.experiment import read_log
+from engine.files import ModelError
+from engine.optim import TrainState, compile_encoders, finite, learning_rate, parameter_groups, train_mode
+from model import TMASS
+
+
+@pytest.fixture
+def config(clips_folder, weights, tmp_path) -> Config:
+    return csv_config(clips_folder, weights, tmp_path)
+
+
+def test_learning_rate_rises_to_one_and_falls_to_zero():
+    rates = [learning_rate(step, 100, 0.1) for step in range(101)]
+    assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)]) and max(rates) == 1
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[55] == pytest.approx(0.5, abs=0.01) and rates[100] == pytest.approx(0)
+
+
+def test_clip_psi_and_R_have_learning_rates_of_their_own():
+    model = TMASS(small_clip(), radius="joint")
+    model.clip.visual.requires_grad_(False)
+    groups = parameter_groups(model, Config(clip_lr=1.0, head_lr=2.0, radius_lr=3.0))
+    assert [group["lr"] for group in groups] == [1, 2, 3]
+    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+    frozen = sum(p.numel() for p in model.clip.visual.parameters())
+    parts = [sum(p.numel() for p in part.parameters()) for part in (model.clip, model.fusion, model.radius)]
+    assert sizes == [parts[0] - frozen, *parts[1:]]
+    assert [group["lr"] for group in parameter_groups(model, Config(clip_lr=1.0, head_lr=2.0))] == [1, 2, 2]
+    assert parameter_groups(TMASS(small_clip(), radius="none"), Config())[2]["params"] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_norm_learns_only_with_method_clip(method):
+    model = TMASS(small_clip(), *METHODS[method])
+    train_mode(model, Config(method=method))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert model.training and model.fusion.training and len(norms) > 3
+    assert {norm.training for norm in norms} == {method == "clip"}
+
+
+def test_numbers_for_json_are_finite():
+    assert [finite(torch.tensor(x)) for x in (0.5, torch.nan, -torch.inf)] == [0.5, None, None]
+
+
+def test_state_comes_back_and_a_foreign_one_gives_one_sentence():
+    one, _ = a_step(steps=3)
+    one.best, one.val, one.validated = 12.0, {"t2v": {}}, 2
+    saved = {"model": one.model.state_dict(), **one.state_dict()}
+    other = TrainState(TMASS(small_clip("vit"), num_frames=3), Config(num_frames=3), total=10)
+    other.load(saved)
+    assert (other.step, other.best, other.val, other.validated) == (3, 12.0, {"t2v": {}}, 2)
+    assert str(other.state_dict()) == str(one.state_dict())
+    for spoilt in ({**saved, "model": {}}, {name: x for name, x in saved.items() if name != "guard"}):
+        with pytest.raises(
+            ModelError, match=r"last\.pt does not fit this model \(.*\): another version wrote it"
+        ):
+            other.load(spoilt)
+
+
+# ---------------------------------------------------------------------------------------------- compilation
+
+
+def test_compiled_encoders_keep_the_names_of_checkpoints():
+    model = TMASS(small_clip("vit"))
+    names = list(model.state_dict())
+    compile_encoders(model, "auto")
+    assert model.clip.visual._compiled_call_impl is None  # "auto" does nothing on the CPU
+    compile_encoders(model, "on")
+    assert model.clip.visual._compiled_call_impl and model.clip.transformer._compiled_call_impl
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(micro_batch=3), dict(trunk="resnet", amp="bf16")],
+    ids=["vit, micro-batches", "resnet, bf16"],
+)
+def test_compiled_encoders_give_loss_and_gradients_of_eager_ones(monkeypatch, options):
+    """The graph is captured without a break, and run by torch itself: generating code takes a minute."""
+    eager, loss = a_step(**options)
+    normal, compiled = nn.Module.compile, []
+
+    def whole_graph(module):
+        compiled.append(normal(module, backend="aot_eager", fullgraph=True))
+
+    monkeypatch.setattr(nn.Module, "compile", whole_graph)
+    other, same_loss = a_step(compile="on", **options)
+    assert len(compiled) == 2 and torch.allclose(loss, same_loss, rtol=1e-5)
+    assert (gradients(eager) - gradients(other)).norm() < 1e-5 * gradients(eager).norm()
+
+
+# ------------------------------------------------------------------------------------------ non-finite steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(amp="fp16"), dict(method="clip", trunk="resnet")],
+    ids=["off", "fp16", "batch norm"],
+)
+@pytest.mark.parametrize("what", ["loss", "only loss", "gradient", "features"])
+def test_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, options, what):
+    """Weights, statistics and AdamW's moments stay. The schedule goes on, and the next step is normal."""
+    normal, calls = train.forward, []
+
+    def broken(model, text, frames, config):
+        calls.append(1)
+        spoil = torch.full_like(text, torch.nan if what == "features" and len(calls) == 6 else 1.0)
+        loss, parts = normal(model, text * spoil, frames, config)
+        if what != "features" and len(calls) == 6:
+            # "only loss" has a finite gradient; "gradient" is a finite loss whose gradient is not.
+            spoilt = {"loss": loss * torch.inf, "only loss": loss + torch.inf}
+            loss = {**spoilt, "gradient": loss + (0 * text.sum()).sqrt()}[what]
+        return loss, parts
+
+    monkeypatch.setattr(train, "forward", broken)
+    trunk = options.get("trunk", "vit")
+    if trunk == "resnet" and what == "features":  # in the forward pass, so that BatchNorm sees it too
+        images_of = train.normalise
+        monkeypatch.setattr(
+            train, "normalise", lambda images: images_of(images) * (torch.nan if len(calls) == 5 else 1)
+        )
+    # The first three steps of fp16 find its scale.
+    before, bad, after = (a_step(steps=steps, **options)[0] for steps in (5, 6, 7) if not calls.clear())
+    assert bad.guard.read() == (1 + before.guard.read()[0], None)
+    assert bad.step == 6 and before.guard.counts[1] == 0
+    values = zip(before.model.state_dict().values(), bad.model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in values)
+    moments = [state.optimizer.state_dict()["state"] for state in (before, bad)]
+    assert all(
+        torch.equal(moments[0][k][name], moments[1][k][name]) for k in moments[0] for name in moments[0][k]
+    )
+    assert bad.schedule.get_last_lr() != before.schedule.get_last_lr()
+    assert after.guard.read()[0] == bad.guard.read()[0]
+    assert all(value.isfinite().all() for value in after.model.state_dict().values())
+    assert not torch.equal(after.model.logit_scale, bad.model.logit_scale)
+    if options.get("amp") == "fp16":
+        assert bad.scaler.get_scale() == before.scaler.get_scale() / 2
+
+
+def test_many_such_steps_in_a_row_end_training_with_the_clips(config, monkeypatch):
+    normal, calls = train.tmass_loss, []
+
+    def broken(*arguments, **symbols):
+        calls.append(1)
+        loss, parts = normal(*arguments, **symbols)
+        return loss * (torch.nan if 5 <= len(calls) < 15 else 1), parts
+
+    monkeypatch.setattr(train, "tmass_loss", broken)
+    says = "10 steps in a row had a loss or gradient that is not finite, the last of them step 14, with"
+    with pytest.raises(ModelError, match=says) as error:
+        train.train(replace(config, epochs=3))
+    clips, _ = train.read_data(config)
+    order = train.epoch_batches(clips, 8, 0, 1)[3]  # step 14: the fourth of the second epoch
+    assert (
+        all(clips[clip].id in str(error.value) for clip, _ in order) and str(error.value).count(".mp4") == 8
+    )
+    rows = [(row["step"], row["skipped"]) for row in read_log(config.out) if "loss" in row]
+    assert rows == [(10, 6), (20, 10)]

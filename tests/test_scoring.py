@@ -1,0 +1,327 @@
+"""Fast scores equal the literal ones, noise is what it says, and no score sees more than its pair."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import randn, random_model, small_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+import model as tmass
+from engine.scoring import Expectation, PairNoise, best_of, noise_bank, scores
+from evaluate import scores_literal
+from losses import cosine_scores
+from model import FUSIONS, RADII, TMASS, LinearRadius, MeanPool, XPool, matched, stochastic_text
+
+TEXTS, VIDEOS, FRAMES, DIM, M = 7, 5, 4, 24, 6
+
+
+text, frames, noise = 3 * randn(TEXTS, DIM), 5 * randn(VIDEOS, FRAMES, DIM, seed=1), noise_bank(M, DIM, 0)
+model = random_model(frames=FRAMES)
+
+
+KINDS = [("mean", "none"), ("mean", "linear"), ("xpool", "none"), *(("xpool", radius) for radius in RADII)]
+
+
+@pytest.fixture(autouse=True)
+def no_silent_fallback():
+    """A fast form that is not used is an error, unless a test expects it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(fast form|literal)")
+        yield
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    heads=st.sampled_from([1, 2, 3]),
+    texts=st.integers(1, 9),
+    videos=st.integers(1, 9),
+    count=st.integers(1, 5),
+    draws=st.integers(0, 4),
+    block=st.sampled_from([1, 7, None]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_fast_scores_equal_the_literal_ones(kind, heads, texts, videos, count, draws, block, dtype):
+    model = random_model(frames=count, fusion=kind[0], radius=kind[1], heads=heads).to(dtype)
+    t, f = 3 * randn(texts, DIM, seed=texts).to(dtype), 5 * randn(videos, count, DIM, seed=videos).to(dtype)
+    eps = noise_bank(draws, DIM, 0).to(dtype)
+    expected, tolerance = scores_literal(model, t, f, eps), 2e-5 if dtype == torch.float32 else 1e-12
+    assert torch.allclose(scores(model, t, f, eps, block=block), expected, atol=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("noise", [noise, Expectation(M), PairNoise(M, seed=3)])
+def test_scores_do_not_depend_on_the_device(noise):
+    on_cuda = scores(random_model(frames=FRAMES).cuda(), text.cuda(), frames.cuda(), noise).cpu()
+    assert torch.allclose(on_cuda, scores(model, text, frames, noise), atol=2e-5)
+
+
+@pytest.mark.parametrize("block", [1, 6, None])
+def test_own_draws_for_each_pair_do_not_depend_on_blocks_ranks_or_other_pairs(block):
+    noise = PairNoise(M, seed=3)
+    eps = noise.block(range(TEXTS), range(VIDEOS), DIM)
+    whole = scores_literal(model, text, frames, eps)
+    assert torch.allclose(scores(model, text, frames, noise, block=block), whole, atol=2e-5)
+    assert torch.allclose(
+        scores(model, text, frames[2:], replace(noise, first_video=2), block=block), whole[:, 2:], atol=2e-5
+    )
+    assert (
+        len({round(float(x), 6) for x in eps[0, :, :, 0].flatten()}) == TEXTS * VIDEOS
+    )  # no two pairs have the same draws
+
+
+@pytest.mark.parametrize("block", [1, 6, None])
+def test_a_radius_of_text_and_video_is_scored_alike_in_every_way(block):
+    joint = random_model(frames=FRAMES, radius="joint")
+    v = joint.fusion(text, frames)
+    R = joint.radius(text, frames, v)
+    own = PairNoise(M, seed=3)
+    drawn = scores_literal(joint, text, frames, own.block(range(TEXTS), range(VIDEOS), DIM))
+    assert torch.allclose(scores(joint, text, frames, own, block=block), drawn, atol=2e-5)
+    assert torch.allclose(
+        scores(joint, text, frames, Expectation(M), block=block),
+        Expectation(M).of(text[:, None], R, v),
+        atol=2e-5,
+    )
+
+
+def test_own_and_shared_draws_agree_in_distribution():
+    shared = torch.stack([scores(model, text, frames, noise_bank(M, DIM, seed)) for seed in range(150)])
+    own = torch.stack([scores(model, text, frames, PairNoise(M, seed)) for seed in range(150)])
+    error = (shared.var(0) / 150 + own.var(0) / 150).sqrt()
+    assert ((shared.mean(0) - own.mean(0)).abs() / error).max() < 4.5
+    assert (shared.std(0) / own.std(0) - 1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("prior,std", [("normal", 1.0), ("normal", 0.3), ("uniform", 1.0)])
+def test_the_expectation_is_the_mean_of_many_samplings(prior, std):
+    """With a mass of moderate size in enough channels; no draws are made."""
+    torch.manual_seed(0)
+    wide = TMASS(small_clip(), num_frames=FRAMES)
+    wide.fusion, wide.radius = XPool(256).eval(), LinearRadius(FRAMES, 256, initial=0.5)
+    t, f = 1.5 * randn(4, 256), randn(3, FRAMES, 256, seed=1)
+    sampled = torch.stack([scores(wide, t, f, noise_bank(20, 256, seed, prior, std)) for seed in range(300)])
+    expected = scores(wide, t, f, Expectation(20, prior, std))
+    point = scores(wide, t, f, noise_bank(0, 256, 0))
+    assert (expected - sampled.mean(0)).abs().max() < 0.05 * sampled.std() + 0.004
+    assert (expected - sampled.mean(0)).abs().max() < 0.1 * (
+        point - sampled.mean(0)
+    ).abs().max()  # the text itself is far off
+
+
+def test_the_largest_of_M_normals():
+    assert best_of(1) == pytest.approx(0, abs=1e-9)
+    assert best_of(2) == pytest.approx(np.pi**-0.5, abs=1e-9)
+    assert best_of(20) == pytest.approx(1.86748, abs=1e-4)  # Harter's table
+
+
+def test_literal_score_is_the_best_draw_of_its_pair():
+    for i in range(TEXTS):
+        for j in range(VIDEOS):
+            t, f = text[i : i + 1], frames[j : j + 1]
+            v, R = model.fusion(t, f)[0, 0], model.radius(t, f)[0, 0]
+            draws = [torch.cosine_similarity(t[0] + R * eps, v, dim=0) for eps in noise]
+            assert torch.allclose(scores_literal(model, text, frames, noise)[i, j], max(draws), atol=1e-5)
+
+
+def released_protocol(model, text, frames, noise):
+    """The released evaluator's formula: video j is pooled by its own caption j, for every query."""
+    video = matched(model.fusion(text, frames))
+    t_s = stochastic_text(text, model.radius(text, frames), noise)
+    return (normalize(t_s, dim=-1) * normalize(video, dim=-1)).sum(-1).amax(0)
+
+
+def edits_leave_other_rows(score) -> bool:
+    edited = text.clone()
+    edited[1] = randn(DIM, seed=9)  # not "+= 1": LayerNorm would not see it
+    before, after = score(model, text[:VIDEOS], frames, noise), score(model, edited[:VIDEOS], frames, noise)
+    return ((after - before).abs() > 1e-5).any(dim=1).tolist() == [row == 1 for row in range(VIDEOS)]
+
+
+@pytest.mark.parametrize("score", [scores, scores_literal])
+def test_editing_one_caption_moves_only_its_row(score):
+    assert edits_leave_other_rows(score)
+
+
+def test_the_released_protocol_is_caught_by_that_test():
+    assert not edits_leave_other_rows(released_protocol)
+
+
+def test_protocol_released_is_the_released_formula():
+    t = text[:VIDEOS]
+    assert torch.allclose(
+        scores(model, t, frames, noise, own_text=t), released_protocol(model, t, frames, noise), atol=2e-5
+    )
+    assert not edits_leave_other_rows(lambda m, t, f, e: scores(m, t, f, e, own_text=t))
+
+
+def test_half_precision_features_are_read_a_block_at_a_time():
+    for t in (text, text[:2]):
+        assert torch.allclose(
+            scores(model, t, frames.half(), noise), scores(model, t, frames.half().float(), noise), atol=1e-6
+        )
+
+
+def test_memory_does_not_grow_with_the_draws():
+    """A counting mode watches every operation: the largest tensor is that of a block of pairs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple) else (result,):
+                self.size = max(self.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return result
+
+    sizes = []
+    for M, texts, videos in ((2, 40, 40), (12, 40, 40), (12, 80, 80)):
+        inputs = randn(texts, DIM), randn(videos, FRAMES, DIM), noise_bank(M, DIM, 0)
+        with Largest() as largest:
+            scores(model, *inputs, block=256)
+        sizes.append(largest.size)
+    assert sizes == [2 * 256 * DIM] * 3  # the buffer: two tensors of a block of pairs
+
+
+@pytest.mark.parametrize("score", [scores, scores_literal])
+def test_cutting_and_permuting_the_gallery_cuts_and_permutes_the_scores(score):
+    whole = score(model, text, frames, noise)
+    videos, texts = torch.tensor([3, 0, 4]), torch.tensor([6, 2])
+    assert torch.allclose(
+        score(model, text[texts], frames[videos], noise), whole[texts][:, videos], atol=1e-5
+    )
+    assert torch.allclose(score(model, text[2:3], frames[4:5], noise), whole[2:3, 4:5], atol=1e-5)
+
+
+def test_no_draws_score_the_text_itself_and_more_draws_never_score_less():
+    assert torch.allclose(
+        scores(model, text, frames, noise[:0]), cosine_scores(text, model.fusion(text, frames)), atol=1e-5
+    )
+    few, many = scores(model, text, frames, noise[:2]), scores(model, text, frames, noise)
+    assert (many >= few - 1e-6).all() and (many > few + 1e-4).any()
+
+
+def test_scores_leave_the_model_and_autograd_alone():
+    assert not scores(model, text, frames, noise).requires_grad
+
+
+def test_noise_bank_is_its_seed_and_its_prior():
+    assert torch.equal(noise_bank(4, 9, 0), noise_bank(4, 9, 0)) and not torch.equal(
+        noise_bank(4, 9, 0), noise_bank(4, 9, 1)
+    )
+    normal, uniform = noise_bank(500, 99, 0, std=0.1), noise_bank(500, 99, 0, "uniform")
+    assert abs(normal.mean()) < 1e-3 and abs(normal.std() - 0.1) < 1e-3
+    assert abs(uniform.mean() - 0.5) < 1e-2 and uniform.min() >= 0 and uniform.max() <= 1
+
+
+# ------------------------------------------------------------------ nothing is scored as something else
+
+
+class MaxPool(torch.nn.Module):
+    """A psi without a fast form."""
+
+    def __init__(self, dim, heads=1, dropout=0.0):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, text, frames):
+        weight = (text[:, None, None] * frames).sum(-1, keepdim=True).softmax(dim=2)
+        return self.dropout((weight * frames).amax(dim=2))
+
+
+class Negated(XPool):
+    """A subclass of a psi with a fast form, whose forward does something else."""
+
+    def forward(self, text, frames):
+        return -super().forward(text, frames)
+
+
+class Doubled(LinearRadius):
+    """A subclass of a radius with a fast form, whose forward does something else."""
+
+    def forward(self, text, frames, video=None):
+        return 2 * super().forward(text, frames, video)
+
+
+class Norms(torch.nn.Module):
+    """A radius of features that are not normalised, and no Radius."""
+
+    def __init__(self, frames, dim, initial=1.0):
+        super().__init__()
+
+    def forward(self, text, frames, video=None):
+        return (0.1 * (text[:, None] - frames.mean(1)).abs()).exp()
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    for name, psi in {"max": MaxPool, "negated": Negated}.items():
+        monkeypatch.setitem(FUSIONS, name, psi)
+    for name, radius in {"doubled": Doubled, "norms": Norms}.items():
+        monkeypatch.setitem(RADII, name, radius)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("block", [1, 6, None])
+@pytest.mark.parametrize(
+    "fusion, radius",
+    [("max", "none"), ("max", "linear"), ("negated", "none"), ("xpool", "doubled"), ("mean", "norms")],
+)
+def test_a_psi_or_radius_without_a_fast_form_is_scored_literally_and_said_so(
+    registered, fusion, radius, block
+):
+    model = random_model(frames=FRAMES, fusion=fusion, radius=radius, dropout=0.5)
+    own, mass = PairNoise(M, seed=3), radius != "none"
+    forms = [(noise, noise), (own, own.block(range(TEXTS), range(VIDEOS), DIM))]
+    for form, literal in forms:
+        with pytest.warns(UserWarning, match="has no fast form"):
+            found = scores(model.train(), text, frames, form, block=block)  # dropout is off all the same
+        assert torch.allclose(found, scores_literal(model.eval(), text, frames, literal), atol=1e-6)
+    if mass:
+        video = model.fusion(text, frames)
+        expected = Expectation(M).of(text[:, None], model.radius(text, frames, video), video)
+        with pytest.warns(UserWarning):
+            assert torch.allclose(
+                scores(model, text, frames, Expectation(M), block=block), expected, atol=1e-5
+            )
+
+
+def forward_without_projection(self, text, frames):
+    return torch.einsum("tvhf,vfd->tvd", self.attention(text, frames), frames)
+
+
+@pytest.mark.parametrize(
+    "where, name, changed",
+    [
+        (XPool, "forward", forward_without_projection),
+        (MeanPool, "forward", lambda self, text, frames: frames.mean(1).expand(len(text), -1, -1)),
+        (tmass.Radius, "forward", lambda self, text, frames, video=None: torch.full_like(video, 3.0)),
+    ],
+)
+def test_a_change_of_model_py_is_never_scored_as_what_it_was(monkeypatch, where, name, changed):
+    monkeypatch.setattr(where, name, changed)
+    model = random_model(frames=FRAMES, fusion="mean" if where is MeanPool else "xpool")
+    with pytest.warns(UserWarning, match="literal ones are used"):
+        found = scores(model, text, frames, noise)
+    assert torch.allclose(found, scores_literal(model, text, frames, noise), atol=1e-6)
+
+
+def test_the_fast_form_is_used_and_silent_where_there_is_one():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fusion, radius in KINDS:
+            scores(random_model(frames=FRAMES, fusion=fusion, radius=radius), text, frames, noise)
+
+
+@pytest.mark.parametrize("fusion, radius", KINDS)
+def test_bfloat16_has_its_fast_form_too(fusion, radius):
+    model = random_model(frames=FRAMES, fusion=fusion, radius=radius).bfloat16()
+    inputs = [tensor.bfloat16() for tensor in (text, frames, noise)]
+    found = scores(model, *inputs).float()
+    assert (found - scores_literal(model.float(), text, frames, noise)).abs().max() < 0.05
