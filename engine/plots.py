@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure  # not pyplot, whose global state belongs to notebooks
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from engine.files import write_atomic
@@ -19,7 +17,14 @@ Number = int | float
 BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"
 
 
-def save(figure: Figure, path: Path, dpi: int = 110, **options) -> None:
+def new_figure(**options):
+    """An empty matplotlib Figure; matplotlib is imported here, since few commands draw."""
+    from matplotlib.figure import Figure  # not pyplot, whose global state belongs to notebooks
+
+    return Figure(**options)
+
+
+def save(figure, path: Path, dpi: int = 110, **options) -> None:
     """Writes a figure as PNG, atomically; `options` are those of Figure.savefig. Raises OSError."""
     write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=dpi, **options))
 
@@ -41,10 +46,12 @@ def contact_sheet(
 
     The caption's own clip has a green frame; its rank is below the caption. `seed` draws the captions.
     owner: the video that each text describes. frames_of(video): its frames, (frames, height, width, 3)."""
+    from matplotlib.patches import Rectangle
+
     videos = scores.shape[1]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(captions))[:queries])
     shown = min(shown, videos)
-    figure = Figure(figsize=(2.7 * (shown + 1), 1.15 * len(chosen)))
+    figure = new_figure(figsize=(2.7 * (shown + 1), 1.15 * len(chosen)))
     grid = dict(width_ratios=[1.15] + [1] * shown, wspace=0.05, hspace=0.18)
     axes = figure.subplots(len(chosen), shown + 1, squeeze=False, gridspec_kw=grid)
     for row, text in zip(axes, chosen):
@@ -79,7 +86,7 @@ def rank_histogram(path: Path, ranks: Float[Tensor, " texts"], videos: int) -> N
     """Draws the distribution of the rank of each caption's own clip, and that of a random order."""
     edges = np.unique(np.geomspace(1, videos + 1, 25).round())
     counts, _ = np.histogram(ranks.cpu().numpy(), edges)
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = new_figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     axis.stairs(100 * counts / len(ranks), edges, fill=True, color=BLUE, label="captions")
     axis.stairs(100 * np.diff(edges) / videos, edges, color=ORANGE, lw=2, label="chance")
@@ -96,7 +103,7 @@ def plot_losses(path: Path, rows: Sequence[dict]) -> None:
     """Draws the loss and its parts, and recall on validation, from the rows of metrics.jsonl."""
     steps = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "val" in row]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = new_figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     parts = list(dict.fromkeys(name for row in steps for name in row if name.startswith("L_")))
     for name in ["loss", *(parts if parts != ["L_ce"] else [])]:  # L_ce alone is the loss
@@ -104,7 +111,8 @@ def plot_losses(path: Path, rows: Sequence[dict]) -> None:
         if found:
             left.plot(*zip(*found), label=name)
     left.set(xlabel="step", ylabel="loss", title="training")
-    left.legend()
+    if steps:
+        left.legend()
     for name in ("R@1", "R@5", "R@10"):
         recall = [row["val"]["t2v"][name] for row in validations]
         right.plot([row["step"] for row in validations], recall, "o-", label=name)
@@ -181,12 +189,12 @@ def plot_curves(
     _finish(figure, path)
 
 
-def _panels(count: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(4.5 * count, 3.4), layout="constrained")
+def _panels(count: int) -> tuple:
+    figure = new_figure(figsize=(4.5 * count, 3.4), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def _finish(figure: Figure, path: Path) -> None:
+def _finish(figure, path: Path) -> None:
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.axes[0].legend(fontsize=8)
     save(figure, path)

@@ -73,7 +73,7 @@ torch.set_num_threads(1)
 from conftest import small_clip
 from engine import distributed
 from engine.config import Config, RECIPES
-from engine.optim import TrainState, compile_encoders, train_mode
+from engine.optim import TrainState, train_mode
 from model import TMASS
 from train import Encoder, train_step
 
@@ -81,9 +81,7 @@ sizes = dict(num_frames=3, batch=7, clip_lr=1e-5, head_lr=1e-5, augment=False)
 plain = dict(method="tmass", fusion="xpool", radius="linear", trunk="vit")
 cases = {{
     "paper": {{}}, "best": RECIPES["best"], "every": dict(pairs="every"), "batch norm": dict(trunk="resnet"),
-    "xpool": dict(method="xpool", radius="none"), "mean": dict(method="clip", fusion="mean", radius="none"),
-    "vision": dict(freeze="vision"), "clip": dict(freeze="clip"), "micro": dict(micro_batch=2),
-    "compiled": dict(compile="on", micro_batch=2),
+    "xpool": dict(method="xpool", radius="none"), "clip": dict(freeze="clip"), "micro": dict(micro_batch=2),
 }}
 
 def steps(name, pairs=7):
@@ -99,7 +97,6 @@ def steps(name, pairs=7):
         (model.clip if config.freeze == "clip" else model.clip.visual).requires_grad_(False)
         model.logit_scale.requires_grad_(True)
     train_mode(model, config)
-    compile_encoders(model, "off" if world == 1 else config.compile)  # one process is eager
     state, encoder = TrainState(model, config, total=10), distributed.wrap(Encoder(model, config))
     own = distributed.shard(pairs)
     for _ in range(2):
@@ -109,8 +106,6 @@ def steps(name, pairs=7):
 
 distributed.init_distributed("cpu")
 rank, world = distributed.rank_and_world()
-compiled = torch.nn.Module.compile  # run by torch itself: generating code takes a minute
-torch.nn.Module.compile = lambda module: compiled(module, backend="aot_eager")
 result = {{name: steps(name) for name in cases}}
 if rank == world - 1:
     torch.save(result, sys.argv[1])
@@ -171,7 +166,7 @@ with distributed.local_rank_zero_first():  # rank 1 finds the file of rank 0
     Path(sys.argv[1]).touch()
 distributed.barrier()
 dist.destroy_process_group()
-print("rank", rank, "is done")
+Path(f"{{sys.argv[1]}}-{{rank}}").touch()  # a file, since two ranks print into one another's lines
 """
 
 
@@ -180,9 +175,8 @@ def test_functions_on_two_ranks(tmp_path):
     script = tmp_path / "functions.py"
     script.write_text(FUNCTIONS.format(root=str(ROOT)))
     done = torchrun(script, tmp_path / "file")
-    assert done.returncode == 0 and "rank 0 is done" in done.stdout and "rank 1 is done" in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file-0").exists() and (tmp_path / "file-1").exists()
 
 
 def test_without_torchrun_there_is_one_process():

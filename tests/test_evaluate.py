@@ -215,8 +215,7 @@ def test_a_psi_without_a_fast_form_is_scored_as_itself_and_a_note_says_so_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", ["shared", "independent"])
-def test_two_processes_give_the_scores_of_one(run, clips_folder, tmp_path, noise):
+def test_two_processes_give_the_scores_of_one(run, clips_folder, tmp_path, noise="independent"):
     one = run("--noise", noise)["metrics"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = ["--M=3", "--noise", noise, *data_flags(clips_folder), "--device", "cpu"]

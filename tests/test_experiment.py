@@ -181,7 +181,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_one_never_stopped(
     assert same_rows(whole, out)
 
 
-KILLS = int(os.environ.get("TMASS_KILLS", 3))  # TMASS_KILLS=10 pytest -s -k killed: ten, with their steps
+KILLS = int(os.environ.get("TMASS_KILLS", 2))  # TMASS_KILLS=10 pytest -s -k killed: ten, with their steps
 
 
 @pytest.mark.slow

@@ -86,16 +86,19 @@ def features(model, clips_folder, split, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*no fast form")
-@pytest.mark.parametrize("recipe", ["paper", "best"])
-@pytest.mark.parametrize("fusion, radius", [("toy", "linear"), ("xpool", "toy"), ("toy", "none")])
+@pytest.mark.parametrize(
+    "recipe, fusion, radius",
+    [("paper", "toy", "toy"), ("best", "toy", "toy"), ("best", "toy", "joint"), ("paper", "toy", "none")],
+)
 def test_a_registered_psi_or_radius_is_used_everywhere(
     toys, flags, clips_folder, tmp_path, recipe, fusion, radius, capsys
 ):
     run, library = tmp_path / "run", tmp_path / "library.db"
     train.main([*flags, "--recipe", recipe, "--fusion", fusion, "--radius", radius, "--out", str(run)])
     model = load_checkpoint(run / "best.pt")
-    toy = model.fusion if fusion == "toy" else model.radius
-    assert isinstance(toy, ToyFusion | ToyRadius) and toy.weight.abs().max() > 1e-3  # it learned
+    assert isinstance(model.fusion, ToyFusion) and isinstance(model.radius, ToyRadius) == (radius == "toy")
+    for toy in [model.fusion, *([model.radius] if radius == "toy" else [])]:
+        assert toy.weight.abs().max() > 1e-3  # it learned
 
     found = features(model, clips_folder, "val", tmp_path)
     noise = noise_bank(M, found.text.shape[1], seed=0)

@@ -139,11 +139,14 @@ def test_a_training_run_beats_chance(config, clips_folder, tmp_path, method):
     (tmp_path / "twice.csv").write_text("\n".join(["video,caption,split", *lines]))
     torch.save(small_clip("vit").state_dict(), tmp_path / "vit.pt")
     sources = dict(annotations=tmp_path / "twice.csv", videos=videos, weights=tmp_path / "vit.pt")
-    config = of_method(config, method, batch=16, epochs=30, augment=False, weight_decay=0.01, **sources)
+    flags = dict(batch=16, epochs=15, augment=False, weight_decay=0.01)
+    if method != "clip":  # frames are encoded once
+        flags |= dict(freeze="vision")
+    config = of_method(config, method, **flags, **sources)
     losses = [row for row in read_log(train.train(config)) if "loss" in row]
     best = load_file(config.out / "best.pt")["val"]["t2v"]
-    assert losses[-1]["loss"] < 0.4 * losses[0]["loss"]
-    assert best["R@1"] > 50 and best["MnR"] < 3  # chance: 6 and 8.5
+    assert losses[-1]["loss"] < 0.6 * losses[0]["loss"]
+    assert best["R@1"] > 25 and best["MnR"] < 3.5  # chance: 6 and 8.5
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(config, tmp_path):
