@@ -85,7 +85,7 @@ def write_folder(
 ) -> list[shapes.ShapesClip]:
     """Writes `count` video files and captions.csv (video,caption,split), for notebook 08. Returns the clips.
 
-    `words` replaces words of the captions. Of ten clips, six are for training, one for validation and three
+    `words` replaces words of the captions. Of ten clips, six are for training, two for validation and two
     for the test. The seed differs from that of the built-in clips, so these are new clips."""
     folder.mkdir(parents=True)
     shapes._render_clips((folder, seed, range(count)))
@@ -94,7 +94,7 @@ def write_folder(
         writer = csv.writer(file)
         writer.writerow(["video", "caption", "split"])
         for number, clip in enumerate(clips):
-            split = ["train", "val", "test"][np.searchsorted([6, 7], number % 10, side="right")]
+            split = ["train", "val", "test"][np.searchsorted([6, 8], number % 10, side="right")]
             for caption in clip.captions:
                 text = re.sub(r"\w+", lambda word: (words or {}).get(word[0], word[0]), caption.text)
                 writer.writerow([f"clip{number:05d}.mp4", text, split])

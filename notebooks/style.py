@@ -39,8 +39,9 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options) -> np.
 def key_figure(name: str) -> None:
     """Saves the last figure as TMASS_FIGURES/NAME.png, if that variable is set (`make figures`)."""
     if folder := os.environ.get("TMASS_FIGURES"):
-        path = Path(folder) / f"{name}.png"
-        plt.gcf().savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+        path, figure = Path(folder) / f"{name}.png", plt.gcf()
+        figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+        figure.set_layout_engine("none")  # the layout is done; the notebook shows the same figure
 
 
 def _open(axis: Axes | None, size: tuple[float, float]) -> Axes:
@@ -286,9 +287,9 @@ def histograms(
         everything = np.concatenate([np.ravel(np.asarray(values)) for values, _ in series.values()])
         bins = np.linspace(everything.min(), everything.max(), bins)
     for k, (label, (values, colour)) in enumerate(series.items()):
-        drawn = (
-            dict(alpha=0.75 if k else 1) if filled else dict(histtype="step", lw=1.8, ls="--" if k else "-")
-        )
+        drawn = dict(histtype="stepfilled", alpha=0.75 if k else 1)
+        if not filled:
+            drawn = dict(histtype="step", lw=1.8, ls="--" if k else "-")
         axis.hist(np.asarray(values), np.asarray(bins), density=density, color=colour, label=label, **drawn)
     _lines(axis, None, marks, None)
     _finish(axis, legend, options)
@@ -373,8 +374,9 @@ def draws_of_captions(own, rival, **options) -> None:
 
 def ranking(scores, place: int, axis: Axes, title: str, **options) -> None:
     """Scores in falling order as bars, the one at `place` (from 0) in green."""
-    colours = [MATCH if k == place else OTHER for k in range(len(scores))]
-    axis.bar(range(1, len(scores) + 1), scores, color=colours, width=1)
+    scores, edges = np.asarray(scores), np.arange(len(scores) + 1) + 0.5
+    axis.stairs(scores, edges, fill=True, color=OTHER)
+    axis.bar(place + 1, scores[place], color=MATCH, width=1)
     axis.set_title(title, fontsize=9)
     axis.set(**options)
 

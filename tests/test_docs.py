@@ -4,12 +4,17 @@ import contextlib
 import functools
 import io
 import re
+import shutil
+import subprocess
+import sys
+import types
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, randn, small_clip
+from test_project import COPYABLE, ROWS
 
 import data
 import engine.datasets
@@ -20,6 +25,7 @@ import reproduce
 import search
 import train
 from engine import config
+from engine.files import ModelError
 
 DOCS = [ROOT / f"{name}.md" for name in ("README", "RESULTS", "CONTRIBUTING", "CHANGELOG")]
 DOCS += sorted((ROOT / "docs").glob("*.md"))
@@ -176,6 +182,20 @@ def example(heading: str, file: str) -> str:
     return re.search(rf"(?ms)^```python\n# {re.escape(file)}\n(.*?)^```$", section)[1]
 
 
+def test_the_table_of_rows_is_that_of_the_imports():
+    table = re.findall(r"(?m)^\| (\d) \| (.*) \|$", CONTRIBUTING)
+    assert [(int(row), modules.split(", ")) for row, modules in table] == list(enumerate(ROWS, start=1))
+
+
+def test_the_example_of_copied_files_runs_beside_them(tmp_path):
+    for module in COPYABLE:
+        shutil.copy(ROOT / f"{module}.py", tmp_path)
+    (tmp_path / "yours.py").write_text(example("Copy the inference", "yours.py"))
+    command = [sys.executable, "-W", "error", "yours.py"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0 and "torch.Size([6, 4])" in ran.stdout and "'R@1'" in ran.stdout, ran.stderr
+
+
 @pytest.mark.parametrize(
     "heading, parts", [("A new radius R", ("xpool", "capped")), ("A new fusion ψ", ("max", "linear"))]
 )
@@ -205,8 +225,29 @@ def test_the_example_of_a_new_loss_has_a_gradient_and_a_weight(monkeypatch):
     loss, parts = losses.tmass_loss(weights, scale=10.0, **symbols)
     loss.backward()
     assert parts.keys() == {"L_R"} and radius.grad[0, 0].any() and not radius.grad[0, 1].any()
-    lines = example("A new loss", "engine/config.py")
-    assert 'return {"L_ce": 1.0, "L_s": 0.0, "L_sup": 0.0' in lines and "config.shrink" in lines
+
+
+def test_the_weight_of_a_new_loss_goes_into_the_config_as_the_example_says(monkeypatch):
+    own = types.ModuleType("own_config")
+    monkeypatch.setitem(sys.modules, "own_config", own)  # dataclasses look their module up
+    parts = re.split(r"(?m)^# \d\. .*\n", example("A new loss", "engine/config.py"))[1:]
+    field, limits, weights = (f"{part.rstrip()}\n" for part in parts)
+    source = (ROOT / "engine" / "config.py").read_text()
+    before = weights.replace(', "L_R": 0.0', "").replace(', "L_R": config.shrink', "")
+    ranges = re.search(r"(?ms)^RANGES.*?^}", source)[0]
+    edits = {
+        "    M: int = 20": f"{field}    M: int = 20",
+        ranges: f"{ranges[:-1]}{limits}}}",
+        before: weights,
+    }
+    for old, new in edits.items():
+        assert old in source
+        source = source.replace(old, new, 1)
+    exec(source, vars(own))
+    assert own.loss_weights(own.Config(shrink=0.5)) == config.loss_weights(config.Config()) | {"L_R": 0.5}
+    assert own.loss_weights(own.Config(radius="none"))["L_R"] == 0.0
+    with pytest.raises(ModelError, match="--shrink -1"):
+        own.check_config(own.Config(shrink=-1))
 
 
 def test_the_example_of_a_new_data_set_reads_its_clips(tmp_path):
