@@ -5,9 +5,8 @@
     torchrun --nproc-per-node 2 evaluate.py --M 20           # videos split over processes, the same scores
 
 `scores_literal` is the paper's inference; the command computes the same scores faster (engine/scoring.py).
-It encodes all texts and videos, then scores all pairs, then ranks. A score depends on one text and one video.
-Which text belongs to which video is known to the metrics alone. In the released evaluator this is otherwise
-(docs/leak.md)."""
+It encodes all texts and videos, then scores all pairs, then ranks. A score depends on one text and one video;
+in the released evaluator it also depends on the pairing (docs/leak.md)."""
 
 import hashlib
 import json
@@ -39,7 +38,7 @@ from engine.scoring import Expectation, PairNoise, best_of, default_block, noise
 from losses import cosine_scores
 from model import TMASS, stochastic_text
 
-# The names that notebooks and other projects import from here, wherever they are defined.
+# Names that are importable from here, wherever they are defined.
 __all__ = [
     "EvaluationConfig", "Expectation", "Features", "Opened", "PairNoise", "autocast", "best_of",
     "choose_device", "contact_sheet", "default_block", "draws", "dual_softmax", "evaluate",
@@ -62,7 +61,8 @@ def scores_literal(
         score[i, j] = max_m cos(t_s, v),    v = psi(t_i, frames_j),    t_s = t_i + R(t_i, frames_j) eps_m
 
     Both v and t_s belong to the pair (i, j). The released evaluator pools video j by its own caption for all
-    texts, which leaks the pairing. Without a mass, or with M = 0, t itself is scored."""
+    texts, which leaks the pairing. Without a mass, or with M = 0, t itself is scored. Dropout counts:
+    call model.eval() first."""
     video = model.fusion(text, frames)  # (texts, videos, dim)
     if model.radius is None or len(noise) == 0:
         return cosine_scores(text, video)
@@ -306,7 +306,7 @@ def report(config: EvaluationConfig, results: list[dict]) -> str:
         name = result["name"]
         rows[name if name not in rows else f"{name} ({result['checkpoint']})"] = result["metrics"]
     r, leaks = results[0], config.protocol == "released"
-    how = "THE PAIRING LEAKS INTO THE SCORES" if leaks else "every pair scored without its pairing"
+    how = "THE PAIRING LEAKS INTO THE SCORES" if leaks else "no score knows the pairing"
     chance = f"chance: R@10 {min(100, 1000 / r['videos']):.1f}, MdR {(r['videos'] + 1) / 2:g}"
     sizes = f"{r['dataset']}, {r['split']} split: {r['texts']} captions x {r['videos']} videos"
     written = "".join(f"\nwritten: {result['written']}" for result in results if not result["failure"])

@@ -1,4 +1,4 @@
-"""T-MASS: text as a stochastic embedding ("Text-Video Representations" to "Similarity-Aware Radius").
+"""T-MASS: text as a stochastic embedding ("Text-Video Representations", "Stochastic Text Modeling" and on).
 
 Each symbol has one name and one shape, here, in the tests and in the notebooks. Axes always come in the order
 texts, videos, frames, dim. Copy this file anywhere: it needs torch and jaxtyping.
@@ -31,7 +31,7 @@ class MeanPool(nn.Module):
     """v = mean_i f_i / |f_i|: the same video for every text (CLIP4Clip's parameter-free baseline)."""
 
     def __init__(self, dim: int | None = None, heads: int = 1, dropout: float = 0.0):
-        super().__init__()  # every psi has these arguments; this one has nothing to build
+        super().__init__()  # every psi has these arguments; mean pooling uses none of them
 
     def forward(self, text: Text, frames: Frames) -> Pairs:
         return F.normalize(frames, dim=-1).mean(dim=1).expand(len(text), -1, -1)
@@ -74,7 +74,7 @@ class XPool(nn.Module):
         return self.norm3(o + self.dropout(self.linear(o)))
 
 
-# Every psi by its name (--fusion). To add one, write a class that is built and called alike; list it here.
+# Every psi by its name (--fusion). To add one, write a class with the same arguments, and list it here.
 FUSIONS = {"mean": MeanPool, "xpool": XPool}
 
 
@@ -85,10 +85,10 @@ def cosine_similarities(text: Text, frames: Frames) -> Float[Tensor, "texts vide
 
 
 class Radius(nn.Module):
-    """R = exp(e) of every text-video pair and channel. A subclass writes e: `exponent(sims, text, video)`.
+    """R = exp(e) of every text-video pair and channel. A subclass defines `exponent`, which returns e.
 
-    e is a new tensor, (*pairs, dim) or (*pairs, 1); sims is S, (*pairs, frames); text, video: (*pairs, dim).
-    Every pair has its own R. The released code trains with R of matched pairs only."""
+    exponent(sims, text, video): S (*pairs, frames), t and v (*pairs, dim) -> e, (*pairs, dim) or (*pairs, 1).
+    Every pair has its own R, also with --pairs matched, whose loss reads that of matched pairs only."""
 
     def __init__(self, frames: int, dim: int, initial: float = 1.0):
         super().__init__()
@@ -98,7 +98,7 @@ class Radius(nn.Module):
         self, sims: Float[Tensor, "*pairs frames"], text: Tensor | None = None, video: Tensor | None = None
     ) -> Float[Tensor, "*pairs dim"]:
         """R of similarities S that are known already, and of t and v of the same pairs."""
-        return self.exponent(sims, text, video).exp_().expand(*sims.shape[:-1], self.dim)
+        return self.exponent(sims, text, video).exp().expand(*sims.shape[:-1], self.dim)
 
     def forward(self, text: Text, frames: Frames, video: Pairs | None = None) -> Pairs:
         """R of all pairs; `video` is v = psi(t, f)."""
@@ -177,7 +177,7 @@ def stochastic_text(
 
 
 def support_text(text: Text, video: Text, radius: Text) -> Text:
-    """t_sup = t + (v - t) / |v - t| * R: the text moved by R towards its video ("Learning Text Mass").
+    """t_sup = t + (v - t) / |v - t| * R: the text moved by R towards its video.
 
     Row i of video and radius is the pair of text i. The released code averages v over the texts."""
     return text + F.normalize(video - text, dim=-1) * radius
@@ -240,7 +240,7 @@ class TMASS(nn.Module):
         return importlib.import_module("engine.checkpoint").from_pretrained(folder)
 
 
-# Still importable from here; looked up when asked for, so that this file can be copied alone.
+# Moved to engine/ and still importable from here; imported on first use, so this file can be copied alone.
 MOVED = {"ModelError": "engine.files", "load_clip": "engine.backbone", "load_file": "engine.backbone"}
 MOVED |= dict.fromkeys(("load_checkpoint", "save_checkpoint", "build_from_checkpoint"), "engine.checkpoint")
 

@@ -111,7 +111,7 @@ def train_step(
     text, frames = gather_features(text, pairs), gather_features(frames, pairs)  # of all processes
     loss, parts = forward(model, text, frames, config)
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # a bad loss: a bad gradient
+    scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # NaN loss: NaN gradient
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     state.guard.after_backward(optimizer, norm, state.step)  # skips the step if the gradient is not finite
@@ -142,7 +142,7 @@ def train(config: Config) -> Path:
         state.load(last)
     run.start(label(model.arguments), device, state.step, state.validated, batches.total)
     with Interrupt() as interrupt:
-        if state.validated < state.step and batches.end_epoch(state.step):  # stopped before its validation
+        if state.validated < state.step and batches.end_epoch(state.step):  # stopped in its validation
             validate_and_save(state, setup, run, config)
         for pairs, images, tokens in batches.load(state.step, device):
             train_mode(model, config)
@@ -306,8 +306,8 @@ def tiny_clip(config: Config) -> Path:
     """The run that trained the tiny CLIP; if there is none it is trained now, once, in about 3 minutes.
 
     Two stages: first on pictures with captions, as OpenAI's CLIP, then with mean pooling on clips."""
-    second = (config.dataset, config.method, config.freeze) == ("shapes", "clip", "none")
-    stage = "pictures" if second else "shapes"
+    is_second_stage = (config.dataset, config.method, config.freeze) == ("shapes", "clip", "none")
+    stage = "pictures" if is_second_stage else "shapes"
     pretraining = replace(preset(stage, "clip"), data=config.data, device=config.device)
     out = run_folder(pretraining)
     if finished(out):

@@ -42,13 +42,13 @@ class Config:
     arch: str = "ViT-B/32"  # tiny, ViT-B/32, ViT-B/16, or a file of CLIP weights
     weights: Path | None = None  # file of CLIP weights, for machines without network
     freeze: Literal["none", "vision", "clip"] = "none"
-    """vision: phi_v is fixed and its features are computed once (ten times faster); clip: phi_t too"""
+    """vision: phi_v is fixed and its features are computed once; clip: phi_t too"""
     num_frames: int = 12  # T', frames per video
     sampling: Literal["uniform", "random"] = "uniform"
     """training frames; uniform: midpoints of T' segments; random: one of five positions in each segment"""
     heads: int = 1  # attention heads of psi
     dropout: float = 0.3  # dropout in psi
-    initial_radius: float = 1.0  # exp(b), close to R at the start of training
+    initial_radius: float = 1.0  # exp(b) of linear and joint, close to R at the start of training
     prior: Literal["normal", "uniform"] = "normal"
     """eps ~ N(0, prior_std^2), the paper's; uniform: U(0, 1), the default of the released code"""
     prior_std: float = 1.0  # standard deviation of the normal prior
@@ -194,6 +194,8 @@ def check_config(config: Config | EvaluationConfig) -> None:
     if isinstance(config, EvaluationConfig):
         return
     method, freeze, parts = config.method, config.freeze, (config.fusion, config.radius)
+    if method != "tmass" and config.recipe != "paper":
+        raise ModelError(f"--recipe {config.recipe} trains a mass: leave it out, or use --method tmass.")
     if method != "tmass" and parts != METHODS[method]:
         means = "--fusion {} --radius {}".format(*METHODS[method])
         raise ModelError(f"--method {method} means {means}: leave out both, or use --method tmass.")

@@ -1,6 +1,6 @@
 """Several processes under torchrun: devices, shards of a batch, gathering with gradients, and who runs first.
 
-Without torchrun every function here is the identity of a single process: rank 0 of 1.
+Without torchrun this process is rank 0 of 1: gathering returns its input, and waiting does nothing.
 """
 
 import os
@@ -86,8 +86,8 @@ def gather_objects(own: dict) -> dict:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather with gradient. Every rank computes the full-batch loss, so it already holds the full
-    gradient of its own rows; the factor undoes the later averaging of DistributedDataParallel."""
+    """All-gather with gradient. Every rank computes the loss of the whole batch, so the gradient of its own
+    rows is complete. DDP divides gradients by the number of ranks; the factor cancels it."""
 
     @staticmethod
     def forward(ctx, own: Tensor, rows: slice, total: int) -> Tensor:

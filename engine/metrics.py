@@ -1,7 +1,7 @@
 """Retrieval metrics ("Evaluation Metrics"): ranks, R@K, MdR, MnR, their table, and dual softmax.
 
-Which text describes which video (`owner`) is known to this file alone. Scores are made without it, so no
-score can profit from the pairing. Copy this file anywhere: it needs torch and jaxtyping."""
+Which text describes which video is `owner`. No score is computed from it, so no score profits from the
+pairing. Copy this file anywhere: it needs torch and jaxtyping."""
 
 import torch
 import torch.nn.functional as F

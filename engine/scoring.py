@@ -98,6 +98,7 @@ def best_of(M: int) -> float:
     return torch.trapezoid(x * M * torch.special.ndtr(x) ** (M - 1) * density, x).item()
 
 
+# What `scores` takes as noise: M shared draws, own draws for each pair, or none (the expected best).
 Noise = Float[Tensor, "M dim"] | PairNoise | Expectation
 
 
@@ -257,7 +258,7 @@ class _Task:
 
 
 class _Fast:
-    """The same scores by fewer products; equal to the literal ones but for rounding.
+    """The same scores with fewer matrix products; docs/inference.md derives them step by step.
 
     psi: after the attention, v is linear in the weights a, except for the scales of two LayerNorms. With u_k
     the value of frame k:
