@@ -199,8 +199,9 @@ class _Task:
         psi, radius = self.model.fusion, self.model.radius
         if self.own_text is None and type(psi) not in (MeanPool, XPool):
             return type(psi).__name__
-        if radius is not None and getattr(type(radius), "forward", None) is not Radius.forward:
-            return type(radius).__name__  # `from_similarities` may not be all that it does
+        for method in ("forward", "from_similarities") if radius is not None else ():
+            if getattr(type(radius), method, None) is not getattr(Radius, method):
+                return type(radius).__name__  # it does more than exp(exponent)
         return ""
 
     def in_blocks(self, pairs: int, prepare: Callable[[range], Callable], progress: bool) -> Tensor:
@@ -273,16 +274,12 @@ class _Fast:
 
     def __init__(self, task: _Task, pairs: int):
         psi, text = task.model.fusion, task.text
-        self.task, self.unit, self.square, self.query = (
-            task,
-            F.normalize(text, dim=-1),
-            text.square().sum(-1),
-            None,
-        )
+        self.task, self.query = task, None
+        self.unit, self.square = F.normalize(text, dim=-1), text.square().sum(-1)  # of the texts
         if task.own_text is None and isinstance(psi, XPool):  # W_q LN1(t) / sqrt(dim / heads)
             self.query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
             self.query = self.query / self.query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
-        self.buffer = text.new_empty(2, pairs, text.shape[1])  # v, then R t and R R, of each block
+        self.buffer = text.new_empty(3, pairs, text.shape[1])  # v; then R t and R R; R of each block
 
     def prepare(self, videos: range) -> Callable[[range], Tensor]:
         """The function that scores texts with these videos."""
@@ -319,7 +316,9 @@ class _Fast:
             shape = (*dot.shape, text.shape[1])
             video = torch.bmm(A.mT, fused.atoms, out=self.buffer[0, : dot.numel()].view(shape))
         sims = _products(unit, self.unit[some]).mT  # S        (videos, texts, frames)
-        radius = model.radius.from_similarities(sims, text, video)
+        e = model.radius.exponent(sims, text, video)  # log R, (videos, texts, dim) or (videos, texts, 1)
+        own_memory = self.buffer[2, : dot.numel()].view_as(video) if e.shape == video.shape else None
+        radius = torch.exp(e, out=own_memory).expand_as(video)
         if isinstance(noise, Expectation):
             return noise.of(text, radius, video).T
         if isinstance(noise, PairNoise):

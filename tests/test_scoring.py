@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_the_draws():
         with Largest() as largest:
             scores(model, *inputs, block=256)
         sizes.append(largest.size)
-    assert sizes == [2 * 256 * DIM] * 3  # the buffer: two tensors of a block of pairs
+    assert sizes == [3 * 256 * DIM] * 3  # the buffer: three tensors of a block of pairs
 
 
 @pytest.mark.parametrize("score", [scores, scores_literal])
@@ -325,3 +325,25 @@ def test_bfloat16_has_its_fast_form_too(fusion, radius):
     inputs = [tensor.bfloat16() for tensor in (text, frames, noise)]
     found = scores(model, *inputs).float()
     assert (found - scores_literal(model.float(), text, frames, noise)).abs().max() < 0.05
+
+
+class OwnParameter(tmass.Radius):
+    """A radius of any text and video: exp of a parameter."""
+
+    def __init__(self, frames, dim, initial=1.0):
+        super().__init__(frames, dim)
+        self.log_radius = torch.nn.Parameter(torch.full((dim,), -1.0))
+
+    def exponent(self, sims, text, video):
+        return self.log_radius
+
+
+def test_scoring_does_not_overwrite_what_a_radius_returns(monkeypatch):
+    monkeypatch.setitem(RADII, "own", OwnParameter)
+    model = random_model(frames=FRAMES, radius="own")
+    before = model.radius.log_radius.clone()
+    for some in (text, text[:1]):
+        assert torch.allclose(
+            scores(model, some, frames, noise), scores_literal(model, some, frames, noise), atol=2e-5
+        )
+    assert torch.equal(model.radius.log_radius, before)
