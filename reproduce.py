@@ -36,7 +36,15 @@ from tqdm.auto import tqdm
 import train
 from engine.backbone import load_file
 from engine.checkpoint import save_checkpoint
-from engine.config import FREE, METHODS, RECIPES, Config, EvaluationConfig, plain, preset, upgrade_config
+from engine.config import (
+    METHODS,
+    RECIPES,
+    Config,
+    EvaluationConfig,
+    changes,
+    plain,
+    preset,
+)
 from engine.datasets import of_split, read_clips
 from engine.distributed import choose_device
 from engine.experiment import read_log
@@ -335,10 +343,7 @@ def stale(config: Config) -> str:
     """Returns "" if a finished cell has this config, else a sentence that names the changed flags.
 
     This happens when a recipe or a default changes. Flags in FREE may differ."""
-    trained = upgrade_config(load_file(config.out / "best.pt")["config"])
-    before = {**plain(preset(config.dataset, config.method, "paper")), **trained}
-    now = {name: value for name, value in plain(config).items() if name not in FREE}
-    changed = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name])
+    changed = ", ".join(changes(config, load_file(config.out / "best.pt")["config"]))
     what = f"{config.out} was made with another config ({changed})"
     return f"{what}: remove it, or name another --out" if changed else ""
 

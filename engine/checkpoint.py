@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.backbone import MISMATCH, clip_sizes, first_line, import_clip, load_file, with_movable_mask
-from engine.config import FREE, METHODS, Config, plain, preset, upgrade_config
+from engine.config import METHODS, Config, changes, upgrade_config
 from engine.files import ModelError, write_atomic, writing
 from model import TMASS
 
@@ -212,16 +212,13 @@ def from_released(state: dict[str, Tensor]) -> dict:
 def load_state(path: Path, config: Config, fingerprint: str) -> dict:
     """Returns the content of last.pt, to resume from. Raises ModelError if flags or data have changed.
 
-    fingerprint: a hash of the training and validation clips. Flags in engine.config.FREE may differ. A flag
-    that did not exist yet when the run was started counts as left at its default."""
+    fingerprint: a hash of the training and validation clips. Flags in engine.config.FREE may differ."""
     state = load_file(path)
     if "optimizer" not in state or "config" not in state:
         raise ModelError(f"{path} is not a last.pt of train.py: nothing to resume from; name another --out.")
-    before = {**plain(preset(config.dataset, config.method, "paper")), **upgrade_config(state["config"])}
-    now = {name: value for name, value in plain(config).items() if name not in FREE}
-    changed = [f"{name} {before[name]} -> {value}" for name, value in now.items() if before[name] != value]
-    if changed and before["recipe"] != config.recipe:
-        changed = [f"--recipe {before['recipe']}, not {config.recipe}"]
+    changed, recipe = changes(config, state["config"]), state["config"].get("recipe", "paper")
+    if changed and recipe != config.recipe:
+        changed = [f"--recipe {recipe}, not {config.recipe}"]
     advice = "or name another --out"
     if changed:
         what = f"was made with another config ({', '.join(changed)})"

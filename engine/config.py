@@ -259,6 +259,15 @@ def upgrade_config(trained: dict) -> dict:
     return {**trained, "fusion": fusion, "radius": radius}
 
 
+def changes(config: Config, recorded: dict) -> list[str]:
+    """Each flag that differs from a recorded config, as "name before -> now"; flags in FREE may differ.
+
+    A flag that did not exist yet when the run was started counts as left at its default."""
+    before = {**plain(preset(config.dataset, config.method, "paper")), **upgrade_config(recorded)}
+    now = {name: value for name, value in plain(config).items() if name not in FREE}
+    return [f"{name} {before[name]} -> {value}" for name, value in now.items() if before[name] != value]
+
+
 def method_of(fusion: str, radius: str) -> str:
     """The method with these parts: tmass with a mass; else clip for mean pooling, xpool for other psi."""
     return "tmass" if radius != "none" else "clip" if fusion == "mean" else "xpool"
