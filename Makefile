@@ -1,9 +1,9 @@
-# make demo      trains and evaluates on the built-in clips (about 10 minutes on 2 cores)
+# make demo      trains and evaluates on the built-in clips (about 4 minutes on 2 cores)
 # make test      runs the tests, in two processes
 # make lint      checks style and format
 # make figures   runs the notebooks and keeps the key figure of each under assets/
 # make pages     writes the notebooks with their outputs as HTML pages into docs/notebooks/
-# make sample    makes assets/tiny.npz, the trained model of the notebooks, from the demo's run of the paper's T-MASS
+# make sample    makes assets/tiny_tmass.safetensors, psi and R of the notebooks' model, from the demo's paper run
 #
 # PYTHON: the first of these that runs; make PYTHON=python3.12 chooses another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c '' 2>/dev/null && echo $$p && break; done)
@@ -12,11 +12,16 @@ BIN := .venv/bin
 .PHONY: demo test lint figures pages sample
 
 demo: .venv/ready
-	$(BIN)/python train.py --method clip --out runs/shapes-tiny-clip --resume
-	$(BIN)/python train.py --method xpool --out runs/shapes-tiny-xpool --resume
-	$(BIN)/python train.py --out runs/shapes-tiny-tmass-paper --resume
-	$(BIN)/python train.py --recipe best --out runs/shapes-tiny-tmass-best --resume
-	$(BIN)/python evaluate.py --M 20 --checkpoint $(addprefix runs/shapes-tiny-,clip xpool tmass-paper tmass-best)
+	@echo "1 of 5: mean pooling, the tiny CLIP as it is; the clips are rendered first"
+	$(BIN)/python train.py --method clip --epochs 1 --out runs/demo/mean-pooling --resume
+	@echo "2 of 5: X-Pool, the baseline"
+	$(BIN)/python train.py --method xpool --out runs/demo/xpool --resume
+	@echo "3 of 5: T-MASS, the paper's recipe"
+	$(BIN)/python train.py --out runs/demo/tmass-paper --resume
+	@echo "4 of 5: T-MASS, the best recipe"
+	$(BIN)/python train.py --recipe best --out runs/demo/tmass-best --resume
+	@echo "5 of 5: all four on the test split"
+	$(BIN)/python evaluate.py --M 20 --checkpoint $(addprefix runs/demo/,mean-pooling xpool tmass-paper tmass-best)
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -32,7 +37,7 @@ pages: .venv/ready
 	$(BIN)/python notebooks/pages.py
 
 sample: .venv/ready
-	$(BIN)/python notebooks/sample.py runs/shapes-tiny-tmass-paper
+	$(BIN)/python notebooks/sample.py runs/demo/tmass-paper
 
 .venv/ready: requirements.txt requirements-search.txt
 	@test -n "$(PYTHON)" || { echo "error: no python3.11, python3.12 or python3.13 found: install one of them."; exit 1; }

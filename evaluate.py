@@ -21,18 +21,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from engine.backbone import autocast, fingerprint
-from engine.checkpoint import latest_run, open_checkpoint
+from engine.checkpoint import OTHER_TINY, latest_run, open_checkpoint, other_tiny_clip
 from engine.config import EvaluationConfig, check_config, label, method_of, parse_evaluation, prior_of
-from engine.datasets import Clip, cache_folder, of_split, read_clips
+from engine.datasets import DATASETS, Clip, cache_folder, of_split, read_clips
 from engine.distributed import choose_device, gather, gather_objects, init_distributed, rank_and_world, shard
 from engine.features import FeatureCache, Features, extract_features, feature_cache
 from engine.files import DataError, ModelError, write_atomic, writing
 from engine.frames import FrameCache
-from engine.metrics import dual_softmax, retrieval_metrics, table, text_to_video_ranks
+from engine.metrics import dual_softmax, relevance_metrics, retrieval_metrics, table, text_to_video_ranks
 from engine.plots import contact_sheet, rank_histogram
 from engine.scoring import Expectation, PairNoise, best_of, default_block, noise_bank, scores
 from losses import cosine_scores
@@ -87,6 +87,7 @@ class Opened:
     listed: int  # clips in the split, unreadable ones included
     cache: FrameCache
     features: Features
+    relevant: Bool[Tensor, "texts videos"] | None  # which videos fit each text; None where nobody knows
 
 
 def open_run(config: EvaluationConfig, path: Path) -> Opened:
@@ -94,6 +95,8 @@ def open_run(config: EvaluationConfig, path: Path) -> Opened:
     device = choose_device(config.device)
     model, trained, file = open_checkpoint(path)
     model = model.to(device)
+    if other_tiny_clip(trained):
+        warnings.warn(f"{file} {OTHER_TINY}: it does not compare with newer runs.", stacklevel=2)
     dataset = config.dataset or trained.get("dataset")
     if dataset is None:
         advice = "name one by --dataset (csv: with --annotations and --videos)"
@@ -115,7 +118,10 @@ def open_run(config: EvaluationConfig, path: Path) -> Opened:
     own = shard(len(clips))
     features = extract_features(model, clips[own], cache, config.batch, config.workers, config.amp, store)
     features = replace(features, text=gather(features.text), owner=gather(features.owner + own.start))
-    return Opened(model, trained, file, dataset, clips, listed, cache, features)
+    relevance = DATASETS[dataset].relevance
+    relevant = None if relevance is None else relevance(clips)
+    relevant = None if relevant is None else torch.from_numpy(relevant)
+    return Opened(model, trained, file, dataset, clips, listed, cache, features, relevant)
 
 
 def _one_caption(clip: Clip, choice: str) -> tuple[str, ...]:
@@ -165,13 +171,18 @@ def draws(config: EvaluationConfig, opened: Opened) -> int:
 
 
 def measure(config: EvaluationConfig, opened: Opened, matrix: Float[Tensor, "texts videos"]) -> dict:
-    """Returns retrieval_metrics, with --dsl those of the dual softmax. Raises ModelError for NaN scores."""
+    """Returns retrieval_metrics, with --dsl those of the dual softmax, and relevance_metrics if relevance is
+    known (the built-in clips). Raises ModelError for NaN scores."""
     owner, scale = opened.features.owner, opened.model.logit_scale.exp().item()
+    texts = dual_softmax(matrix, scale) if config.dsl else matrix  # a text ranks the videos
+    videos = dual_softmax(matrix.T, scale).T if config.dsl else matrix
     try:
-        metrics = retrieval_metrics(matrix, owner)
-        if config.dsl:
-            metrics["t2v"] = retrieval_metrics(dual_softmax(matrix, scale), owner)["t2v"]
-            metrics["v2t"] = retrieval_metrics(dual_softmax(matrix.T, scale).T, owner)["v2t"]
+        metrics = {
+            "t2v": retrieval_metrics(texts, owner)["t2v"],
+            "v2t": retrieval_metrics(videos, owner)["v2t"],
+        }
+        if opened.relevant is not None:
+            metrics["t2v"] |= relevance_metrics(texts, opened.relevant)
     except ValueError as error:
         raise ModelError(f"the checkpoint {opened.file} is broken: {error}") from None
     return metrics
@@ -258,7 +269,7 @@ def write_results(out: Path, mark: str, result: dict, opened: Opened, matrix: Te
     rank_histogram(out / f"ranks{mark}.png", text_to_video_ranks(matrix, owner), len(clips))
     try:
         picture, frames_of = out / f"retrieved{mark}.png", lambda video: opened.cache.frames(clips[video])
-        contact_sheet(picture, matrix.cpu(), owner.cpu(), captions, frames_of)
+        contact_sheet(picture, matrix.cpu(), owner.cpu(), captions, frames_of, opened.relevant)
     except DataError as error:  # features are cached, but the frames and the video are gone
         print(f"no retrieved.png: {error}", file=sys.stderr)
 

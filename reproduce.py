@@ -35,14 +35,13 @@ from tqdm.auto import tqdm
 
 import train
 from engine.backbone import load_file
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import OTHER_TINY, other_tiny_clip, save_checkpoint, to_record
 from engine.config import (
     METHODS,
     RECIPES,
     Config,
     EvaluationConfig,
     changes,
-    plain,
     preset,
 )
 from engine.datasets import of_split, read_clips
@@ -82,6 +81,7 @@ class Row:
 
 
 RANKS = tuple(f"{way} {metric}" for way in ("t2v", "v2t") for metric in ("R@1", "R@5", "R@10", "MdR", "MnR"))
+RELEVANCE = ("t2v fits@1", "t2v R-Precision", "t2v mAP@R")  # shown where it is known what is relevant
 PAIRS = ("cosine of irrelevant pairs", "cosine of relevant pairs", "loss of relevant pairs")
 DIGITS = dict.fromkeys(PAIRS, 3)  # decimals of a number in a table; others have one
 HONEST, LEAKS = "one caption a clip: t2v R@1", "one caption a clip, released protocol, LEAKS: t2v R@1"
@@ -283,7 +283,7 @@ class Jobs:
         config, started = self.cells[cell], time.time()
         if not (cell / "seconds.json").exists():
             if config.method == config.freeze == "clip":  # mean pooling of fixed features: nothing to learn
-                save_checkpoint(cell / "best.pt", train.build(config), config=plain(config))
+                save_checkpoint(cell / "best.pt", train.build(config), config=to_record(config))
             else:
                 train.train(config)
             _write(cell / "seconds.json", round(max(time.time() - started, training_seconds(cell)), 1))
@@ -343,9 +343,11 @@ def stale(config: Config) -> str:
     """Returns "" if a finished cell has this config, else a sentence that names the changed flags.
 
     This happens when a recipe or a default changes. Flags in FREE may differ."""
-    changed = ", ".join(changes(config, load_file(config.out / "best.pt")["config"]))
-    what = f"{config.out} was made with another config ({changed})"
-    return f"{what}: remove it, or name another --out" if changed else ""
+    trained = load_file(config.out / "best.pt")["config"]
+    changed = ", ".join(changes(config, trained))
+    what = f"was made with another config ({changed})" if changed else ""
+    what = OTHER_TINY if other_tiny_clip(trained) else what
+    return f"{config.out} {what}: remove it, or name another --out" if what else ""
 
 
 def training_seconds(cell: Path) -> float:
@@ -376,7 +378,8 @@ def score(config: EvaluationConfig, opened: Opened) -> dict:
         owner = opened.features.owner
         first = torch.cat([owner.new_ones(1, dtype=torch.bool), owner.diff() > 0])
         features = replace(opened.features, text=opened.features.text[first], owner=owner[first])
-        opened = replace(opened, features=features)
+        relevant = None if opened.relevant is None else opened.relevant[first.cpu()]
+        opened = replace(opened, features=features, relevant=relevant)
     matrix = score_all(config, opened)
     found = dict(metrics=measure(config, opened, matrix), split=config.split, machine=machine(config.device))
     found |= dict(texts=matrix.shape[0], videos=matrix.shape[1], listed=opened.listed)
@@ -475,7 +478,9 @@ def markdown(table: Table, content: dict[str, dict]) -> str:
         mean, half = found["mean"], found["half"]
         return f"{mean:+.{d}f}" + ("" if half is None else f" [{mean - half:+.{d}f}, {mean + half:+.{d}f}]")
 
+    known = {name for row in content.values() for name in row["values"]}
     columns = [*table.columns, *((HONEST, LEAKS) if table.leaks else ())]
+    columns += [name for name in RELEVANCE if name in known]
     baselines = {row["baseline"] for row in content.values()} - {None}
     than = baselines.pop() if len(baselines) == 1 else "its baseline"
     compared = [f"{name}: difference to {than}, 95 % interval" for name in table.compared]
@@ -563,9 +568,6 @@ def reproduce(config: ReproduceConfig, command: str = "python reproduce.py") -> 
     choose_device(config.device)
     of_split(read_clips(config.dataset, config.data, config.annotations, config.videos), config.split)
     jobs = Jobs(config, {name: TABLES[name] for name in config.table})
-    xpool = cell_config(config, XPOOL, 0)
-    if xpool.arch == "tiny" and xpool.weights is None:
-        train.tiny_clip(xpool)
     jobs.run()
     for name in jobs.tables:
         write(jobs, name, command)

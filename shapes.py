@@ -8,7 +8,7 @@ perfect retriever stays below 100 % (`perfect_retriever`).
     python shapes.py                 # renders data/shapes (once), prints the perfect retriever's score
 
 The files have the form of a user's own data: a CSV file `video,caption,split` beside a folder of video files.
-`pictures.csv` lists still pictures of one scene, on which the small CLIP is pretrained.
+Which clips fit a caption is known (`relevance`), as in no real data set.
 """
 
 import argparse
@@ -19,20 +19,22 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ffmpeg
 import imageio_ffmpeg
 import numpy as np
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 SIZE, FPS, FRAMES = 96, 8, 24  # pixels a side, frames a second, frames a clip (3 s)
 VARIANTS, PANORAMA = 8, 2 * SIZE  # backgrounds a place; their width in pixels
 SPLITS = {"train": 3000, "val": 500, "test": 500}
-PICTURES, CAPTIONS = 9000, 5  # still pictures in all, captions a clip
+CAPTIONS = 5  # of a clip
+MARK = "shapes.txt"  # says what was rendered into the folder
 VERSION = 1  # raise it when drawings, captions or files change: older folders are then rendered again
 
 # Every attribute value with the words captions use for it.
@@ -56,9 +58,8 @@ PLACES = {
 }  # fmt: skip
 ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "place": PLACES}
 
-# The probability that a caption mentions an attribute. A still picture does not show its motion.
+# The probability that a caption mentions an attribute.
 KEEP = {"colour": 0.85, "shape": 0.85, "motion": 0.6, "place": 0.6}
-KEEP_STILL = {"colour": 0.8, "shape": 0.8, "motion": 0.0, "place": 0.6}
 JOINED = ["{a}, then {b}", "first {a}, later {b}", "{a} and after that {b}", "{b}, but before that {a}"]
 
 # Colours of shapes, of the sky (top, bottom), and of what stands before it, from far to near, each with the
@@ -114,37 +115,32 @@ class ShapesClip:
 def make_clip(seed: int, number: int) -> ShapesClip:
     """Returns clip `number` of the data set with this seed. It depends on these two numbers alone."""
     rng = np.random.default_rng([VERSION, seed, number])
-    scenes = tuple(_random_scene(rng) for _ in range(3))
+    scenes = tuple(random_scene(rng) for _ in range(3))
     extra = np.bincount(rng.integers(3, size=3), minlength=3)  # each has 3 of 12 parts and some of 3 more
     lengths = tuple(int(3 + parts) * FRAMES // 12 for parts in extra)
-    return ShapesClip(scenes, lengths, tuple(_caption(scenes, rng) for _ in range(CAPTIONS)))
+    return ShapesClip(scenes, lengths, tuple(random_caption(scenes, rng) for _ in range(CAPTIONS)))
 
 
-def make_picture(seed: int, number: int) -> tuple[Scene, float, tuple[Caption, ...]]:
-    """Returns picture `number`: a scene, the moment that is drawn (0 start, 1 end), and two captions."""
-    rng = np.random.default_rng([VERSION, seed, 10**6 + number])
-    scene = _random_scene(rng)
-    mentions = [_mention(scene, rng, KEEP_STILL) for _ in range(2)]
-    return scene, float(rng.random()), tuple(Caption(_phrase(m, rng), (m,)) for m in mentions)
-
-
-def _random_scene(rng: np.random.Generator) -> Scene:
-    values = {name: str(rng.choice(list(words))) for name, words in ATTRIBUTES.items()}
+def random_scene(rng: np.random.Generator, palette: Mapping[str, Iterable[str]] = ATTRIBUTES) -> Scene:
+    """A scene with one of the palette's values for each attribute."""
+    values = {name: str(rng.choice(list(allowed))) for name, allowed in palette.items()}
     return Scene(**values, jitter=tuple(rng.random(6)))
 
 
-def _caption(scenes: tuple[Scene, ...], rng: np.random.Generator) -> Caption:
+def random_caption(
+    scenes: Sequence[Scene], rng: np.random.Generator, keep: Mapping[str, float] = KEEP
+) -> Caption:
     """A caption of one scene, or of two scenes and their order, with equal probability."""
-    if rng.random() < 0.5:
-        mention = _mention(scenes[rng.integers(len(scenes))], rng, KEEP)
+    if rng.random() < 0.5 or len(scenes) == 1:
+        mention = _mention(scenes[rng.integers(len(scenes))], rng, keep)
         return Caption(_phrase(mention, rng), (mention,))
     chosen = sorted(rng.choice(len(scenes), 2, replace=False))
-    mentions = tuple(_mention(scenes[k], rng, KEEP) for k in chosen)
+    mentions = tuple(_mention(scenes[k], rng, keep) for k in chosen)
     a, b = (_phrase(mention, rng) for mention in mentions)
     return Caption(str(rng.choice(JOINED)).format(a=a, b=b), mentions)
 
 
-def _mention(scene: Scene, rng: np.random.Generator, keep: dict[str, float]) -> dict[str, str]:
+def _mention(scene: Scene, rng: np.random.Generator, keep: Mapping[str, float]) -> dict[str, str]:
     """The attributes that a caption mentions: each is kept with its own probability, and at least two are."""
     kept = [name for name in ATTRIBUTES if rng.random() < keep[name]]
     for name in rng.permutation([name for name, probability in keep.items() if probability > 0]):
@@ -165,28 +161,51 @@ def _phrase(mention: dict[str, str], rng: np.random.Generator) -> str:
     return f"{word['place']}, {sentence}" if rng.random() < 0.3 else f"{sentence} {word['place']}"
 
 
+def fits(
+    captions: Sequence[tuple[dict[str, str], ...]], clips: Sequence[Sequence[Scene]]
+) -> Bool[np.ndarray, "captions clips"]:
+    """Whether each clip shows what each caption says: the scenes that it mentions, in this order.
+
+    captions: the mentions of each (`Caption.mentions`); clips: the scenes of each, equally many."""
+    values = {a: np.array([[getattr(scene, a) for scene in scenes] for scenes in clips]) for a in ATTRIBUTES}
+    pairs = list(itertools.combinations(range(len(clips[0])), 2))
+    found = np.empty((len(captions), len(clips)), bool)
+    for row, mentions in zip(found, captions):
+        # for each mention, the scenes that have all its values: (clips, scenes)
+        seen = [np.all([values[a] == v for a, v in mention.items()], axis=0) for mention in mentions]
+        if len(seen) == 1:
+            row[:] = seen[0].any(axis=1)
+        else:
+            row[:] = np.any([seen[0][:, i] & seen[1][:, j] for i, j in pairs], axis=0)
+    return found
+
+
+def relevance(
+    names: Sequence[str], captions: Sequence[Sequence[str]], seed: int = 0
+) -> Bool[np.ndarray, "captions clips"] | None:
+    """`fits` of the named clips ("clip00012.mp4") and the captions of each; None for other captions.
+
+    So what is relevant is known here, as in no real data set: clips that nobody described may fit, too."""
+    clips = [make_clip(seed, int(Path(name).stem.removeprefix("clip"))) for name in names]
+    known = [{caption.text: caption.mentions for caption in clip.captions} for clip in clips]
+    mentions = [own.get(text) for own, texts in zip(known, captions, strict=True) for text in texts]
+    return None if None in mentions else fits(mentions, [clip.scenes for clip in clips])
+
+
 def perfect_retriever(seed: int = 0, split: str = "test") -> dict[str, float]:
     """Returns the text-to-video metrics of a retriever that understands every caption and clip of a split.
 
     A clip fits a caption when the mentioned scenes are found in it, in order. The n clips that fit one rank
     before all others, in any order: expected R@K = min(1, K / n), in percent; expected rank = (n + 1) / 2."""
-    clips = [make_clip(seed, number) for number in _numbers(split)]
-    values = {a: np.array([[getattr(s, a) for s in clip.scenes] for clip in clips]) for a in ATTRIBUTES}
-    fitting = []
-    for caption in itertools.chain.from_iterable(clip.captions for clip in clips):
-        # for each mention, the scenes that have all its values: (clips, 3)
-        seen = [np.all([values[a] == v for a, v in m.items()], axis=0) for m in caption.mentions]
-        fits = seen[0].any(axis=1)
-        if len(seen) == 2:
-            fits = np.any([seen[0][:, i] & seen[1][:, j] for i, j in ((0, 1), (0, 2), (1, 2))], axis=0)
-        fitting.append(fits.sum())
-    n = np.array(fitting)
+    clips = [make_clip(seed, number) for number in numbers(split)]
+    captions = [caption.mentions for clip in clips for caption in clip.captions]
+    n = fits(captions, [clip.scenes for clip in clips]).sum(axis=1)
     rank = (n + 1) / 2
     recall = {f"R@{k}": float(np.minimum(1, k / n).mean() * 100) for k in (1, 5, 10)}
     return {**recall, "MdR": float(np.median(rank)), "MnR": float(rank.mean())}
 
 
-def _numbers(split: str) -> range:
+def numbers(split: str) -> range:
     """The numbers of the clips of a split."""
     ends = dict(zip(SPLITS, itertools.accumulate(SPLITS.values())))
     return range(ends[split] - SPLITS[split], ends[split])
@@ -396,7 +415,7 @@ H264 = {
     "vcodec": "libx264", "pix_fmt": "yuv420p", "crf": 20, "preset": "veryfast", "g": FRAMES, "bf": 0,
     "keyint_min": FRAMES, "sc_threshold": 0, "threads": 1, "fflags": "+bitexact", "flags:v": "+bitexact",
 }  # fmt: skip
-Job = tuple[Path, int, range]  # the folder to write to, the seed, the numbers of the clips or pictures
+Job = tuple[Path, int, range]  # the folder to write to, the seed, the numbers of the clips
 
 
 def _render_clips(job: Job) -> int:
@@ -419,13 +438,27 @@ def _render_clips(job: Job) -> int:
     return len(numbers)
 
 
-def _render_pictures(job: Job) -> int:
-    """Writes the pictures of a job; returns how many."""
-    folder, seed, numbers = job
-    for number in numbers:
-        scene, time, _ = make_picture(seed, number)
-        draw_frame(scene, time).save(folder / f"picture{number:05d}.jpg", quality=92)
-    return len(numbers)
+def is_rendered(path: Path) -> bool:
+    """Whether a file lies where `render` writes clips."""
+    return path.parent.name == "clips" and (path.parent.parent / MARK).is_file()
+
+
+def decode(paths: Sequence[Path]) -> UInt8[np.ndarray, "clips frames height width 3"]:
+    """All frames of these rendered clips, from one ffmpeg process: a process for each would take longer.
+
+    Raises ValueError if they are not as rendered."""
+    listing = "".join("file 'file:{}'\n".format(str(path.resolve()).replace("'", r"'\''")) for path in paths)
+    source = dict(format="concat", safe=0, protocol_whitelist="pipe,file,fd", threads=1)
+    options = dict(format="rawvideo", pix_fmt="rgb24", fps_mode="passthrough", noautoscale=None)
+    stream = ffmpeg.input("pipe:", **source).output("pipe:", **options).global_args("-v", "error")
+    run = dict(cmd=imageio_ffmpeg.get_ffmpeg_exe(), capture_stdout=True, capture_stderr=True)
+    try:
+        frames, errors = stream.run(input=listing.encode(), **run)
+    except ffmpeg.Error as error:
+        raise ValueError(error.stderr.decode(errors="replace")) from None
+    if errors or len(frames) != len(paths) * FRAMES * SIZE * SIZE * 3:
+        raise ValueError("these are not the rendered clips")
+    return np.frombuffer(frames, np.uint8).reshape(len(paths), FRAMES, SIZE, SIZE, 3)
 
 
 def _jobs(folder: Path, seed: int, count: int, size: int) -> list[Job]:
@@ -442,34 +475,28 @@ def _write_csv(path: Path, files: Iterable[tuple[str, str, tuple[Caption, ...]]]
 
 
 def render(folder: Path | str, seed: int = 0) -> Path:
-    """Renders the data set into `folder`: clips.csv, clips/*.mp4, pictures.csv, pictures/*.jpg. Returns it.
+    """Renders the data set into `folder`: clips.csv and clips/*.mp4. Returns it.
 
     Does nothing where the same version is there already. All files are written to a temporary folder that is
     renamed at the end, so `folder` is complete or absent. Raises FileExistsError if it holds other files."""
     folder = Path(folder)
-    mark = folder / "shapes.txt"
-    stamp = f"shapes, version {VERSION}, seed {seed}, {SPLITS}, {PICTURES} pictures\n"
-    if mark.exists() and mark.read_text() == stamp:
+    mark = folder / MARK
+    stamp = f"shapes, version {VERSION}, seed {seed}, {SPLITS}\n"
+    if mark.exists() and mark.read_text().replace(", 9000 pictures", "") == stamp:  # version 0.1 had pictures
         return folder
     if folder.exists() and not mark.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something else than the built-in clips: name another --data.")
     work = folder.with_name(f"{folder.name}.making{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     (work / "clips").mkdir(parents=True)
-    (work / "pictures").mkdir()
 
     clips, spawn = sum(SPLITS.values()), multiprocessing.get_context("spawn")
-    bar = tqdm(total=clips + PICTURES, desc="rendering the built-in clips", unit=" files")
+    bar = tqdm(total=clips, desc="rendering the built-in clips", unit=" clips")
     with spawn.Pool(os.cpu_count()) as pool, bar:
-        rendered = pool.imap_unordered(_render_clips, _jobs(work / "clips", seed, clips, 50))
-        drawn = pool.imap_unordered(_render_pictures, _jobs(work / "pictures", seed, PICTURES, 500))
-        for done in itertools.chain(rendered, drawn):
+        for done in pool.imap_unordered(_render_clips, _jobs(work / "clips", seed, clips, 50)):
             bar.update(done)
-
-    clip_files = [(f"clip{n:05d}.mp4", split, n) for split in SPLITS for n in _numbers(split)]
-    picture_files = [(f"picture{n:05d}.jpg", "val" if n < 500 else "train", n) for n in range(PICTURES)]
-    _write_csv(work / "clips.csv", ((name, s, make_clip(seed, n).captions) for name, s, n in clip_files))
-    _write_csv(work / "pictures.csv", ((name, s, make_picture(seed, n)[2]) for name, s, n in picture_files))
+    files = [(f"clip{n:05d}.mp4", split, n) for split in SPLITS for n in numbers(split)]
+    _write_csv(work / "clips.csv", ((name, split, make_clip(seed, n).captions) for name, split, n in files))
     (work / mark.name).write_text(stamp)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)

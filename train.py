@@ -14,7 +14,8 @@ depends on seed and epoch only, so a resumed run ends with the weights of an uni
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +29,10 @@ import data
 from data import ClipDataset, epoch_batches, normalise
 from engine import distributed
 from engine.backbone import autocast, load_clip
-from engine.checkpoint import open_checkpoint
 from engine.config import PRESETS, RECIPES, Config, check_config, label, loss_weights, parse, preset
 from engine.datasets import Clip, cache_folder, of_split, read_clips
 from engine.distributed import gather, gather_features, shard
-from engine.experiment import LOG_EVERY, Interrupt, Run, finished, read_log, run_folder, say
+from engine.experiment import LOG_EVERY, Interrupt, Run, read_log, say, stage
 from engine.features import extract_features, feature_cache
 from engine.files import DataError, ModelError
 from engine.frames import CHOICES, FrameCache
@@ -140,7 +140,7 @@ def train(config: Config) -> Path:
     run = Run(config, setup.dataset.clips, setup.val_clips, setup.skipped)
     if (last := run.last_state()) is not None:
         state.load(last)
-    run.start(label(model.arguments), device, state.step, state.validated, batches.total)
+    run.start(label(model.arguments), device, state.step, state.validated, batches.total, batches.pairs)
     with Interrupt() as interrupt:
         if state.validated < state.step and batches.end_epoch(state.step):  # stopped in its validation
             validate_and_save(state, setup, run, config)
@@ -170,7 +170,8 @@ class Batches:
 
     def __init__(self, dataset: ClipDataset, config: Config):
         self.dataset, self.config = dataset, config
-        self.per_epoch = len(self.of_epoch(0))
+        first = self.of_epoch(0)
+        self.per_epoch, self.pairs = len(first), len(first[0])  # all batches have this size
         self.total = min(config.epochs * self.per_epoch, config.max_steps or math.inf)
 
     def of_epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
@@ -257,20 +258,21 @@ class Setup:
 def prepare(config: Config, device: torch.device) -> Setup:
     """Reads the clips, builds the model, fills the caches. Raises DataError and ModelError."""
     with distributed.local_rank_zero_first():
-        clips, val_clips = read_data(config)  # before any weights are downloaded or pretrained
+        clips, val_clips = read_data(config)  # before any weights are downloaded
         model = build(config).to(device)
         folder = cache_folder(config.dataset, config.data, config.videos)
         cache = FrameCache(folder, config.num_frames, model.resolution, CHOICES[config.sampling])
         store = feature_cache(cache, model) if config.freeze != "none" else None
-        skipped = cache.fill([c for c in [*clips, *val_clips] if store is None or store.load(c) is None])
+        todo = [c for c in [*clips, *val_clips] if store is None or store.load(c) is None]
+        with stage(f"frames of {len(todo)} clips, decoded once") if todo else nullcontext():
+            skipped = cache.fill(todo)
         clips, val_clips = without(clips, skipped), without(val_clips, skipped)
     setup = Setup(model, ClipDataset(clips, cache, model.clip.context_length), val_clips, cache, skipped)
     check_setup(config, setup)
-    if device.type == "cuda":
-        model.clip.visual.to(memory_format=torch.channels_last)
     compile_encoders(model, config.compile)
     if config.freeze != "none":
-        freeze(setup, config)
+        with stage(f"CLIP's features of {len(clips)} clips, computed once"):
+            freeze(setup, config)
     return setup
 
 
@@ -291,35 +293,13 @@ def without(clips: list[Clip], skipped: dict[str, str]) -> list[Clip]:
 
 def build(config: Config) -> TMASS:
     """The model at the start of training: pretrained CLIP, psi and R as initialised. Raises ModelError."""
-    tiny = config.arch == "tiny" and config.weights is None and config.dataset != "pictures"
-    pretrained = tiny_clip(config) if tiny else None
-    torch.manual_seed(config.seed)  # after any pretraining, which must not change the initialisation
-    clip = open_checkpoint(pretrained)[0].clip if pretrained else load_clip(config.arch, config.weights)
+    clip = load_clip(config.arch, config.weights)
+    torch.manual_seed(config.seed)
     sizes = (config.num_frames, config.heads, config.dropout, config.initial_radius)
     try:
         return TMASS(clip, config.fusion, config.radius, *sizes)
     except ValueError as error:  # such as heads that do not divide the channels
         raise ModelError(str(error)) from None
-
-
-def tiny_clip(config: Config) -> Path:
-    """The run that trained the tiny CLIP; if there is none it is trained now, once, in about 3 minutes.
-
-    Two stages: first on pictures with captions, as OpenAI's CLIP, then with mean pooling on clips."""
-    is_second_stage = (config.dataset, config.method, config.freeze) == ("shapes", "clip", "none")
-    stage = "pictures" if is_second_stage else "shapes"
-    pretraining = replace(preset(stage, "clip"), data=config.data, device=config.device)
-    out = run_folder(pretraining)
-    if finished(out):
-        return out
-    if distributed.rank_and_world()[1] > 1:
-        advice = "pretrain it first with one process: python train.py --method clip"
-        raise ModelError(f"the tiny CLIP does not exist yet ({out}): {advice}.")
-    say(f"The tiny CLIP is pretrained first, once, on the built-in {stage} ({out}).")
-    try:
-        return train(replace(pretraining, out=out, resume=True))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("pretraining was stopped: the same command continues it") from None
 
 
 def check_setup(config: Config, setup: Setup) -> None:

@@ -110,8 +110,6 @@ def stepper(
         options = dict(weight_decay=config.weight_decay, foreach=False, fused=False)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-6, **options)
         return lambda images, tokens: plain_step(model, optimizer, images, tokens, config), None
-    if device.type == "cuda":
-        model.clip.visual.to(memory_format=torch.channels_last)
     compile_encoders(model, config.compile)
     state, encoder = TrainState(model, config, total=10_000), train.Encoder(model, config)
 

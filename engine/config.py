@@ -22,7 +22,7 @@ class Config:
     """All settings of a training run. The defaults are the paper's; a preset replaces some."""
 
     dataset: str = "shapes"
-    """data set; shapes: built in, trains on a CPU in minutes; pictures: for pretraining the tiny CLIP"""
+    """data set; shapes: built in, trains on a CPU in minutes; csv: your own"""
     annotations: Path | None = None
     """csv: a file of video,caption[,split]; others: the folder of annotations, default DATA/DATASET"""
     videos: Path | None = None  # folder of the video files; required for csv; default: DATA/DATASET
@@ -71,7 +71,7 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm
     augment: bool = True  # random crops and flips, the same for all frames of a clip
     seed: int = 0  # of initialisation, order, augmentation, dropout and noise
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """autocast of CLIP; weights, psi, R, scores, losses stay float32; auto: bf16 on CUDA, off on the CPU"""
     micro_batch: int | None = None
@@ -83,19 +83,24 @@ class Config:
 
 # The --fusion and --radius of each method.
 METHODS = {"clip": ("mean", "none"), "xpool": ("xpool", "none"), "tmass": ("xpool", "linear")}
-SMALL = dict(arch="tiny", weight_decay=0.01, augment=False)
 # Settings of a data set that differ from the defaults. LSMDC's rate is that of the released command.
 PRESETS: dict[str, dict] = {
     **{name: dict(workers=8) for name in DATASETS if name != "csv"},
-    "shapes": dict(**SMALL, freeze="vision", batch=64, clip_lr=3e-4, head_lr=5e-4, epochs=3),
-    "pictures": dict(**SMALL, method="clip", num_frames=1, batch=128, clip_lr=1e-3, epochs=2),
+    "shapes": dict(
+        arch="tiny",
+        freeze="clip",
+        weight_decay=0.01,
+        augment=False,
+        batch=64,
+        clip_lr=3e-4,
+        head_lr=5e-4,
+        epochs=3,
+    ),
     "lsmdc": dict(head_lr=1e-5, workers=8),
 }
 # best: R reads t and v; a pair's training score is the expected best of M draws, so that R learns to rank.
 BEST = dict(radius="joint", pairs="expected", alpha=0.0, ce=0.5, radius_lr=1e-3)
 RECIPES: dict[str, dict] = {"paper": {}, "best": BEST}
-# Mean pooling on the built-in clips is the second half of the tiny CLIP's pretraining: all of CLIP learns.
-PRETRAINING = dict(freeze="none", batch=32, clip_lr=1e-3, epochs=1, max_steps=200)
 # Flags that may change when a run is resumed. They change its numbers by rounding at most.
 FREE = {"out", "resume", "data", "annotations", "videos", "device", "workers", "save_every"}
 FREE |= {"amp", "micro_batch", "compile"}
@@ -105,8 +110,7 @@ def preset(dataset: str, method: str, recipe: str | None = None) -> Config:
     """The defaults for a data set, a method and a recipe (default: paper), before any flag."""
     fusion, radius = METHODS[method]
     names = dict(dataset=dataset, method=method, fusion=fusion, radius=radius, recipe=recipe or "paper")
-    flags = PRETRAINING if (dataset, method) == ("shapes", "clip") else {}
-    flags = RECIPES[names["recipe"]] if method == "tmass" else flags
+    flags = RECIPES[names["recipe"]] if method == "tmass" else {}
     return replace(Config(), **{**PRESETS.get(dataset, {}), **names, **flags})
 
 
@@ -149,25 +153,31 @@ class EvaluationConfig:
     """leave out unreadable videos and report how many; they are an error otherwise"""
     batch: int = 32  # clips encoded at once
     workers: int = 0  # processes that load clips in advance
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """autocast of CLIP; scores stay float32; auto: bf16 on CUDA, off on the CPU"""
 
 
 def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
-    """The noise to draw, {"prior", "std"}: the flags', else that of training or of the released code."""
+    """The noise to draw, {"prior", "std"}: the flags', else that of training or of the released code.
+
+    Raises ModelError for a --prior-std that the prior does not have."""
     released = dict(prior="normal", prior_std=0.003) if dataset == "lsmdc" else dict(prior="uniform")
     own = released if trained.get("released") else trained
-    std = own.get("prior_std", 1.0) if config.prior_std is None else config.prior_std
-    return dict(prior=config.prior or own.get("prior", "normal"), std=std)
+    prior = config.prior or own.get("prior", "normal")
+    if prior == "uniform" and config.prior_std is not None:
+        what = "--prior-std is that of the normal prior, and this checkpoint was trained with the uniform one"
+        raise ModelError(f"{what}: add --prior normal, or leave it out.")
+    return dict(prior=prior, std=own.get("prior_std", 1.0) if config.prior_std is None else config.prior_std)
 
 
 # ---- checks
 
 # Smallest and largest value of each number.
 RANGES: dict[str, tuple[int | float, float]] = {
-    **dict.fromkeys(("num_frames", "heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
-    **dict.fromkeys(("prior_std", "alpha", "ce", "M", "seed", "workers", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
+    **dict.fromkeys(("prior_std", "alpha", "ce", "save_every"), (0, math.inf)),
+    **dict(num_frames=(1, 1000), M=(0, 100_000), workers=(0, 1000), seed=(0, 10**9)),
     **dict.fromkeys(("clip_lr", "head_lr", "radius_lr", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("initial_radius", "grad_clip"), (1e-6, math.inf)),
     **dict.fromkeys(("dropout", "warmup"), (0, 1)),
@@ -191,6 +201,8 @@ def check_config(config: Config | EvaluationConfig) -> None:
     for name, known in registered(type(config)).items():
         if name in given and given[name] not in known:
             raise ModelError(f"unknown --{name} {given[name]}: choose {', '.join(known)}.")
+    if config.prior == "uniform" and config.prior_std != type(config).prior_std:  # it was given
+        raise ModelError("--prior-std is that of the normal prior: leave it out, or --prior uniform.")
     if isinstance(config, EvaluationConfig):
         return
     method, freeze, parts = config.method, config.freeze, (config.fusion, config.radius)
@@ -202,8 +214,6 @@ def check_config(config: Config | EvaluationConfig) -> None:
     if freeze != "none" and (config.augment or config.sampling == "random"):
         advice = "add --no-augment and keep --sampling uniform"
         raise ModelError(f"--freeze {freeze} computes the features of each clip once: {advice}.")
-    if freeze == "clip" and parts == METHODS["clip"]:
-        raise ModelError("--freeze clip leaves mean pooling nothing to learn: use --freeze vision or none.")
     if config.radius != "none" and config.pairs == "expected" and config.M < 1:
         raise ModelError("--M 0 leaves --pairs expected no draw: give 1 or more, or use --pairs matched.")
 
@@ -265,6 +275,8 @@ def changes(config: Config, recorded: dict) -> list[str]:
     A flag that did not exist yet when the run was started counts as left at its default."""
     before = {**plain(preset(config.dataset, config.method, "paper")), **upgrade_config(recorded)}
     now = {name: value for name, value in plain(config).items() if name not in FREE}
+    if before["prior"] == "uniform":  # older versions took a --prior-std, which had no effect
+        before["prior_std"] = now["prior_std"]
     return [f"{name} {before[name]} -> {value}" for name, value in now.items() if before[name] != value]
 
 

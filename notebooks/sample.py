@@ -1,10 +1,9 @@
-"""A trained T-MASS small enough to ship (assets/tiny.npz, under 2 MB), and built-in clips to try it on.
+"""A trained T-MASS that is shipped, and built-in clips to try it on.
 
-    python notebooks/sample.py runs/shapes-tiny-tmass-paper     # make sample: packs a run of `make demo`
+    python notebooks/sample.py runs/demo/tmass-paper     # make sample: packs the demo's paper run
 
-The file holds the whole model: matrices with 8 bits a value and one scale for each row, vectors in float16,
-and only those of the 49,408 word embeddings that the built-in captions use. The other embeddings are zero, so
-this model knows no other words. Pictures and captions are not stored. shapes.py draws the pictures again,
+The model is the tiny CLIP (assets/tiny_clip.safetensors), which the run keeps fixed, with the run's psi, R
+and temperature (FILE, float16). Pictures and captions are not stored. shapes.py draws the pictures again,
 without the video compression that the model saw in training.
 """
 
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,29 +25,28 @@ sys.path.insert(0, str(ROOT))
 
 import data
 import shapes
-from engine.checkpoint import build_from_checkpoint, open_checkpoint
+from engine.backbone import load_clip
+from engine.checkpoint import open_checkpoint, other_tiny_clip
 from engine.features import Features
+from engine.files import ModelError, write_atomic
 from model import TMASS
 
-FILE = ROOT / "assets" / "tiny.npz"
-WORDS = "clip.token_embedding.weight"
+FILE = ROOT / "assets" / "tiny_tmass.safetensors"
 
 
 def load() -> TMASS:
-    """The trained tiny T-MASS, in eval mode. `model.about` holds the config it was trained with."""
-    with np.load(FILE) as file:
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "about"}
-        about = json.loads(file["about"].item())
-    state = {}
-    for name, values in arrays.items():
-        if not name.endswith((".scale", ".rows")):
-            state[name] = values.float() * arrays[f"{name}.scale"] if f"{name}.scale" in arrays else values
-    words = torch.zeros(about["vocabulary"], state[WORDS].shape[1])
-    words[arrays[f"{WORDS}.rows"]] = state[WORDS]
-    content = {"model": {**state, WORDS: words}, "arguments": about["arguments"]}
-    model = build_from_checkpoint(content, FILE).requires_grad_(False)
+    """The trained tiny T-MASS, in eval mode. `model.about` holds the config it was trained with.
+
+    Raises ModelError if it was trained on another tiny CLIP."""
+    with safe_open(FILE, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        state = {name: file.get_tensor(name).float() for name in file.keys()}
+    if other_tiny_clip(about["config"]):
+        raise ModelError(f"{FILE} was trained on another tiny CLIP: run make demo and make sample.")
+    model = TMASS(load_clip("tiny"), **about["arguments"])
+    model.load_state_dict({**model.state_dict(), **state})
     model.about = about
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def clips(count: int = 100) -> list[shapes.ShapesClip]:
@@ -102,29 +102,21 @@ def write_folder(
 
 
 def pack(run: Path) -> None:
-    """Writes FILE from a run of train.py. Raises ModelError if the run has no checkpoint."""
+    """Writes FILE from a run of train.py. Raises ModelError for a run that has changed the tiny CLIP."""
     model, config, _ = open_checkpoint(run)
-    state = model.state_dict()
-    captions = (
-        caption.text
-        for n in range(sum(shapes.SPLITS.values()))
-        for caption in shapes.make_clip(0, n).captions
-    )
-    rows = data.tokenize(list(captions), model.clip.context_length).unique()
-    command = f"python notebooks/sample.py runs/{run.name}"
-    about = dict(arguments=model.arguments, config=config, vocabulary=len(state[WORDS]), command=command)
-    arrays = {f"{WORDS}.rows": rows, "about": json.dumps(about)}
-    for name, values in {**state, WORDS: state[WORDS][rows]}.items():
-        if values.dim() < 2:
-            arrays[name] = values.half() if values.is_floating_point() else values
-            continue
-        scale = values.abs().amax(dim=tuple(range(1, values.dim())), keepdim=True).clamp_min(1e-12) / 127
-        arrays[name], arrays[f"{name}.scale"] = (values / scale).round().to(torch.int8), scale
-    np.savez_compressed(FILE, **{name: np.asarray(values) for name, values in arrays.items()})
-    print(f"{FILE.relative_to(ROOT)}: {FILE.stat().st_size / 2**20:.2f} MiB, from {run}")
+    state, tiny = model.state_dict(), load_clip("tiny").state_dict()
+    clip = {name.removeprefix("clip."): value for name, value in state.items() if name.startswith("clip.")}
+    temperature = "logit_scale"
+    if any(not torch.equal(clip[name], tiny[name]) for name in tiny.keys() - {temperature}):
+        raise ModelError(f"{run} does not hold {FILE.parent.name}/tiny_clip.safetensors, unchanged.")
+    kept = {n: x.half() for n, x in state.items() if not n.startswith("clip.") or n == f"clip.{temperature}"}
+    command = f"python notebooks/sample.py {run}"
+    about = dict(arguments=model.arguments, config=config, command=command)
+    write_atomic(FILE, save(kept, {"about": json.dumps(about)}))
+    print(f"{FILE}: {FILE.stat().st_size / 2**20:.2f} MiB, from {run}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} RUN (a run of train.py, such as runs/shapes-tiny-tmass-paper)")
+        sys.exit(f"usage: python {sys.argv[0]} RUN (a run of train.py, such as runs/demo/tmass-paper)")
     pack(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ from engine.config import (
     RECIPES,
     Config,
     EvaluationConfig,
+    changes,
     check_config,
     label,
     loss_weights,
@@ -21,6 +22,7 @@ from engine.config import (
     parse_evaluation,
     plain,
     preset,
+    prior_of,
     upgrade_config,
 )
 from engine.datasets import DATASETS
@@ -37,7 +39,6 @@ def test_a_flag_wins_over_a_preset_and_a_preset_over_the_defaults():
     flags = ["--dataset", "lsmdc", "--head-lr", "0.1", "--amp", "off"]
     assert parse(flags) == replace(preset("lsmdc", "tmass"), head_lr=0.1, amp="off")
     assert parse(["--dataset=msrvtt", "--method=xpool"]) == preset("msrvtt", "xpool")
-    assert parse(["--dataset", "pictures"]) == preset("pictures", "clip")
     best = parse(["--recipe", "best", "--radius", "scalar"])
     assert (
         best == replace(preset("shapes", "tmass", "best"), radius="scalar")
@@ -55,13 +56,12 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_data_set_is_trained_with_the_papers_recipe_unless_told_otherwise(dataset):
-    method = "clip" if dataset == "pictures" else "tmass"
     config = parse(["--dataset", dataset])
-    assert config.recipe == "paper" and config.method == method
+    assert config.recipe == "paper" and config.method == "tmass"
     assert all(
         getattr(config, name) == getattr(Config(), name) for name in ("pairs", "alpha", "ce", "radius_lr")
     )
-    assert (config.fusion, config.radius) == METHODS[method]
+    assert (config.fusion, config.radius) == METHODS["tmass"]
     best = parse(["--dataset", dataset, "--method", "tmass", "--recipe", "best"])
     assert all(getattr(best, name) == value for name, value in RECIPES["best"].items())
 
@@ -142,13 +142,16 @@ def test_every_loss_has_a_weight_in_every_recipe():
     (dict(max_steps=0), "--max-steps 0"), (dict(dropout=1.5), "--dropout 1.5: give a number from 0 to 1"),
     (dict(clip_lr=math.nan), "--clip-lr nan"), (dict(seed=-1), "--seed -1"), (dict(epochs=0), "--epochs 0"),
     (dict(initial_radius=0.0), "--initial-radius 0"), (dict(num_frames=0), "--num-frames 0"),
+    (dict(num_frames=10**9), "--num-frames 1000000000: give a number from 1 to 1000"),
+    (dict(M=10**9), "--M 1000000000: give a number from 0 to 100000"), (dict(workers=10**6), "--workers 10"),
+    (dict(seed=10**30), "--seed 1000000000000000000000000000000: give a number from 0"),
+    (dict(prior="uniform", prior_std=0.5), "--prior-std is that of the normal prior: leave it out, or"),
     (dict(pairs="expected", M=0), "--M 0 leaves --pairs expected no draw"),
     (dict(dataset="nope"), "unknown --dataset nope: choose shapes, "),
     (dict(fusion="nope"), "unknown --fusion nope: choose mean, xpool"),
     (dict(radius="nope"), "unknown --radius nope: choose fixed, scalar, linear, joint, none"),
     (dict(freeze="vision"), "--freeze vision .* add --no-augment"),
     (dict(freeze="clip", augment=False, sampling="random"), "--freeze clip .* keep --sampling uniform"),
-    (dict(freeze="clip", augment=False, method="clip", fusion="mean", radius="none"), "nothing to learn"),
 ])  # fmt: skip
 def test_wrong_settings_give_one_sentence(mistake, says):
     check_config(Config())
@@ -159,9 +162,37 @@ def test_wrong_settings_give_one_sentence(mistake, says):
 
 def test_wrong_settings_of_an_evaluation_give_one_sentence():
     check_config(EvaluationConfig())
-    for mistake, says in ((dict(M=-1), "--M -1"), (dict(dataset="nope"), "unknown --dataset nope")):
+    prior = dict(prior="uniform", prior_std=1.0)  # given, though it is the default of training
+    mistakes = (
+        (dict(M=-1), "--M -1"),
+        (dict(dataset="nope"), "unknown --dataset nope"),
+        (prior, "--prior-std is"),
+    )
+    for mistake, says in mistakes:
         with pytest.raises(ModelError, match=says):
             check_config(EvaluationConfig(**mistake))
+
+
+@pytest.mark.parametrize("trained, dataset", [
+    ({"prior": "uniform", "prior_std": 1.0}, "csv"), ({"released": True}, "msrvtt"),
+])  # fmt: skip
+def test_a_standard_deviation_that_the_prior_of_a_run_does_not_have_is_refused(trained, dataset):
+    says = (
+        "--prior-std is that of the normal prior, and this checkpoint was trained with the uniform one: add"
+    )
+    with pytest.raises(ModelError, match=says):
+        prior_of(EvaluationConfig(prior_std=0.5), trained, dataset)
+    normal = dict(prior="normal", std=0.5)
+    assert prior_of(EvaluationConfig(prior="normal", prior_std=0.5), trained, dataset) == normal
+    assert prior_of(EvaluationConfig(prior_std=0.5), {"prior": "normal"}, dataset) == normal
+    assert prior_of(EvaluationConfig(), trained, dataset) == dict(prior="uniform", std=1.0)
+
+
+def test_a_run_of_an_earlier_version_with_both_flags_can_be_resumed():
+    config = replace(preset("msrvtt", "tmass"), prior="uniform")
+    assert changes(config, plain(replace(config, prior_std=0.5))) == []
+    normal = plain(replace(config, prior="normal", prior_std=0.5))
+    assert changes(config, normal) == ["prior normal -> uniform", "prior_std 0.5 -> 1.0"]
 
 
 @pytest.mark.parametrize("kind", [Config, EvaluationConfig])

@@ -1,13 +1,22 @@
 """Ranks, recall, ties and the table."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from conftest import randn
 
-from engine.metrics import dual_softmax, retrieval_metrics, table, text_to_video_ranks
+from engine.metrics import (
+    dual_softmax,
+    relevance_metrics,
+    retrieval_metrics,
+    table,
+    text_to_video_ranks,
+)
 
 TEXTS, VIDEOS = 7, 5
+COLUMNS = ("fits@1", "R-Precision", "mAP@R")
 
 
 def test_metrics_equal_sorting_by_hand():
@@ -60,11 +69,53 @@ def test_scores_that_are_not_finite_are_refused(bad):
         retrieval_metrics(s, torch.zeros(TEXTS, dtype=torch.long))
 
 
-def test_table_has_a_row_for_each_run_and_is_markdown():
+def test_table_has_a_row_for_each_run_and_direction_and_at_most_seven_columns():
     metrics = retrieval_metrics(randn(7, 5), torch.tensor([0, 0, 1, 2, 3, 3, 4]))
-    lines = table({"X-Pool": metrics, "T-MASS, M = 20": metrics}).splitlines()
-    assert len(lines) == 4
-    assert len({line.count("|") for line in lines}) == len({len(line) for line in lines}) == 1
+    known = {**metrics, "t2v": {**metrics["t2v"], "fits@1": 37.5}}
+    lines = table({"X-Pool": metrics, "T-MASS, M = 20": known}).splitlines()
+    assert len(lines) == 7 and lines[3].count("37.5") == 1 and lines[2].endswith("|        |")
+    assert {line.count("|") for line in lines} == {8} and len({len(line) for line in lines}) == 1
+    assert "fits@1" not in table({"X-Pool": metrics})  # absent, not zero
+
+
+# ---- relevance
+
+
+def relevance_by_hand(scores, relevant) -> dict[str, float]:
+    """The three metrics of one order, as ECCV Caption defines them, in loops."""
+    fits, precision, average = [], [], []
+    for row, fitting in zip(scores.tolist(), relevant.tolist()):
+        order = sorted(range(len(row)), key=lambda video: -row[video])
+        n = sum(fitting)
+        hits = [fitting[video] for video in order]
+        fits.append(hits[0])
+        precision.append(sum(hits[:n]) / n)
+        average.append(sum(sum(hits[: k + 1]) / (k + 1) for k in range(n) if hits[k]) / n)
+    means = (100 * np.mean(values) for values in (fits, precision, average))
+    return dict(zip(("fits@1", "R-Precision", "mAP@R"), means))
+
+
+RELEVANT = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]).bool()
+
+
+def test_relevance_metrics_equal_their_definition_in_loops():
+    s = randn(4, 5)
+    assert relevance_metrics(s, RELEVANT) == pytest.approx(relevance_by_hand(s, RELEVANT))
+    assert relevance_metrics(RELEVANT.float(), RELEVANT) == pytest.approx(dict.fromkeys(COLUMNS, 100))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_tied_scores_count_as_the_mean_over_all_their_orders(levels):
+    s = (randn(4, 5).argsort(dim=1) % levels).float()
+    orders = [s + 1e-3 * torch.tensor(order) for order in itertools.permutations(range(5))]
+    by_hand = [relevance_by_hand(order, RELEVANT) for order in orders]
+    mean = {name: np.mean([found[name] for found in by_hand]) for name in by_hand[0]}
+    assert relevance_metrics(s, RELEVANT) == pytest.approx(mean)
+
+
+def test_texts_that_nothing_fits_are_left_out_of_relevance():
+    s, none = randn(5, 5), torch.zeros(1, 5, dtype=torch.bool)
+    assert relevance_metrics(s, torch.cat([RELEVANT, none])) == relevance_metrics(s[:4], RELEVANT)
 
 
 def test_ranks_are_those_of_the_metrics():

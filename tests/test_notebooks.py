@@ -7,20 +7,23 @@ import ast
 import importlib
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_model
+from conftest import ROOT
 from nbclient import NotebookClient
 
 import shapes
-from engine.checkpoint import save_checkpoint
-from engine.config import Config, EvaluationConfig
+from engine.backbone import load_clip
+from engine.checkpoint import save_checkpoint, to_record
+from engine.config import Config, EvaluationConfig, preset
+from engine.files import ModelError
 from engine.frames import decode_frames
+from model import TMASS
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -239,24 +242,32 @@ def test_pictures_of_pages_are_compressed(notebook_module):
 def test_the_sample_is_small_and_equals_the_run_it_was_packed_from(tmp_path, monkeypatch, notebook_module):
     sample = notebook_module("sample")
     assert sample.FILE.stat().st_size < 2_000_000
-    monkeypatch.setattr(shapes, "SPLITS", {"train": 3, "val": 2, "test": 4})
-    model = random_model(frames=4)
-    save_checkpoint(tmp_path / "run" / "best.pt", model, config={"prior": "normal"})
-    monkeypatch.setattr(sample, "FILE", tmp_path / "assets" / "tiny.npz")
-    sample.FILE.parent.mkdir()
-    monkeypatch.setattr(sample, "ROOT", tmp_path)
+    model = TMASS(load_clip("tiny"), num_frames=4).eval()
+    config = to_record(replace(preset("shapes", "tmass"), prior="uniform"))
+    save_checkpoint(tmp_path / "run" / "best.pt", model, config=config)
+    monkeypatch.setattr(sample, "FILE", tmp_path / "assets" / "tiny.safetensors")
     sample.pack(tmp_path / "run")
-    packed, clips = sample.load(), sample.clips(3)
-    assert packed.arguments == model.arguments and packed.about["config"]["prior"] == "normal"
-    original, features = sample.encode(model, clips, 2), sample.encode(packed, clips, 2)
-    assert features.text.shape == (6, 24) and features.frames.shape == (3, 4, 24)
+    packed = sample.load()
+    assert packed.arguments == model.arguments and packed.about["config"]["prior"] == "uniform"
+    for name, value in model.state_dict().items():
+        assert torch.allclose(packed.state_dict()[name], value, rtol=1e-3, atol=1e-6), name  # float16
+    features = sample.encode(packed, sample.clips(3), 2)
+    assert features.text.shape == (6, 256) and features.frames.shape == (3, 4, 256)
     assert features.owner.tolist() == [0, 0, 1, 1, 2, 2]
-    for ours, theirs in ((features.text, original.text), (features.frames, original.frames)):
-        assert torch.cosine_similarity(ours, theirs, dim=-1).min() > 0.999  # 8 bits a weight
+
+
+def test_only_a_run_on_the_tiny_clip_can_be_the_sample(tmp_path, notebook_module):
+    save_checkpoint(tmp_path / "best.pt", TMASS(load_clip("tiny").apply(_negate), num_frames=4), config={})
+    with pytest.raises(ModelError, match="does not hold"):
+        notebook_module("sample").pack(tmp_path)
+
+
+def _negate(module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data.neg_()
 
 
 def test_the_shipped_sample_loads_as_the_paper_s_model(notebook_module):
-    """assets/tiny.npz may hold the arguments of an older version; they are upgraded."""
     model = notebook_module("sample").load()
     assert (model.arguments["fusion"], model.arguments["radius"]) == ("xpool", "linear")
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())

@@ -2,14 +2,16 @@
 
 import csv
 import itertools
+import shutil
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 
 import shapes
-from engine.frames import decode_frames
-from shapes import ATTRIBUTES, FRAMES, SIZE, make_clip, make_picture, perfect_retriever
+from engine.datasets import Clip
+from engine.frames import FrameCache, decode_frames
+from shapes import ATTRIBUTES, FRAMES, SIZE, make_clip, perfect_retriever
 
 CLIPS = [make_clip(0, number) for number in range(200)]
 
@@ -41,14 +43,20 @@ def test_captions_contain_a_word_for_each_value_they_mention():
             assert any(word in caption.text for word in ATTRIBUTES[name][value])
 
 
-def test_captions_of_pictures_never_mention_motion():
-    for number in range(200):
-        captions = make_picture(0, number)[2]
-        assert all("motion" not in mention for caption in captions for mention in caption.mentions)
-
-
 def test_seeds_and_numbers_give_different_clips():
     assert make_clip(0, 1) == make_clip(0, 1) != make_clip(0, 2) != make_clip(1, 2)
+
+
+def test_relevance_is_whether_a_caption_is_true_of_a_clip():
+    clips, names = CLIPS[:40], [f"clip{number:05d}" for number in range(40)]
+    relevant = shapes.relevance(names, [[caption.text for caption in clip.captions] for clip in clips])
+    captions = [caption for clip in clips for caption in clip.captions]
+    assert relevant.tolist() == [[fits(caption, clip) for clip in clips] for caption in captions]
+    assert relevant.sum() > len(captions)  # other clips than a caption's own fit, too
+
+
+def test_relevance_is_unknown_for_other_captions():
+    assert shapes.relevance(["clip00000"], [["a dog in the snow"]]) is None
 
 
 def test_perfect_retriever_equals_its_loops(monkeypatch):
@@ -73,6 +81,40 @@ def test_files_are_h264_videos_of_the_drawn_frames(clips_folder):
         assert np.abs(np.asarray(drawn, dtype=float) - decoded).mean() < 4  # of 255: the loss of H.264
 
 
+def test_many_files_are_decoded_at_once_to_the_same_frames(clips_folder, tmp_path):
+    paths = [clips_folder / "clips" / f"clip{number:05d}.mp4" for number in (3, 17, 4)]
+    for path, frames in zip(paths, shapes.decode(paths), strict=True):
+        assert np.array_equal(frames, decode_frames(path, FRAMES))
+    (tmp_path / "cut.mp4").write_bytes(paths[0].read_bytes()[:-500])
+    with pytest.raises(ValueError):
+        shapes.decode([paths[1], tmp_path / "cut.mp4"])
+
+
+def test_the_cache_holds_the_same_bytes_however_built_in_clips_are_decoded(
+    clips_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "clips").mkdir()
+    for number in range(4):
+        shutil.copy2(clips_folder / "clips" / f"clip{number:05d}.mp4", tmp_path / "clips")
+    other = tmp_path / "clips" / "clip00003.mp4"
+    other.write_bytes((clips_folder / "clips" / "clip00009.mp4").read_bytes()[:3000])  # cut: refused
+    clips = [Clip(path.name, path, ("a",), "train") for path in sorted((tmp_path / "clips").iterdir())]
+
+    def content(name: str) -> dict[str, bytes]:
+        cache = FrameCache(tmp_path / name, 5, 64)
+        failures = cache.fill(clips)
+        assert list(failures) == ["clip00003.mp4"]
+        return {path.name: path.read_bytes() for path in cache.folder.iterdir()}
+
+    one_by_one = content("one")
+    (tmp_path / shapes.MARK).touch()
+    calls = []
+    monkeypatch.setattr(
+        shapes, "decode", lambda paths, decode=shapes.decode: calls.append(1) or decode(paths)
+    )
+    assert content("many") == one_by_one and calls and len(one_by_one) == 3
+
+
 def test_files_depend_on_the_seed_alone(tmp_path):
     def files(seed):
         shapes._render_clips((tmp_path, seed, range(5, 8)))
@@ -84,12 +126,11 @@ def test_files_depend_on_the_seed_alone(tmp_path):
 
 def test_render_writes_a_complete_folder_once(monkeypatch, tmp_path):
     monkeypatch.setattr(shapes, "SPLITS", {"train": 3, "val": 1, "test": 2})
-    monkeypatch.setattr(shapes, "PICTURES", 4)
     folder = shapes.render(tmp_path / "shapes")
     with (folder / "clips.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["split"] for row in rows[::5]] == ["train"] * 3 + ["val"] + ["test"] * 2
-    assert len(list((folder / "clips").iterdir())) == 6 and len(list((folder / "pictures").iterdir())) == 4
+    assert len(list((folder / "clips").iterdir())) == 6
     assert list(tmp_path.iterdir()) == [folder]  # no leftovers beside it
     before = (folder / "clips.csv").stat().st_mtime_ns
     shapes.render(folder)
