@@ -1,150 +1,39 @@
-"""Exact frames of a video file, decoded by ffmpeg, and a cache of them on disk."""
+"""A cache of decoded frames on disk. The frames of a video come from engine/video.py."""
 
 import hashlib
 import io
 import os
-import re
+import struct
 import urllib.parse
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
+import shapes
 from engine.datasets import Clip
-from engine.files import PICTURE_SUFFIXES, DataError, remove_leftovers, write_atomic, writing
+from engine.ffmpeg import stopped
+from engine.files import DataError, remove_leftovers, write_atomic, writing
+from engine.video import count_packets as count_packets
+from engine.video import decode_frames
+from engine.video import duration as duration
+from engine.video import resize as resize
+from engine.video import segment_midpoints as segment_midpoints
 
-SHORT_FILE = 2**18  # bytes: smaller files are decoded whole, in one pass
-SHORT_PIPE = 2**25  # bytes of decoded frames at which such a pass stops
 CHOICES = {"uniform": 1, "random": 5}  # cached frames per segment, by --sampling
+MEMORY = 2**29  # bytes that decoding a clip takes, at most; larger frames are decoded one clip at a time
+DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError)  # raised for a damaged zip file
+DAMAGED = (*DAMAGED, zipfile.BadZipFile, zlib.error, struct.error)
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
-# ---- decoding
-
-
-def segment_midpoints(count: int, num_frames: int) -> list[int]:
-    """The frame numbers at the middle of `num_frames` equal segments of a video of `count` frames.
-
-    If there are fewer frames than segments, numbers are repeated."""
-    return [(2 * k + 1) * count // (2 * num_frames) for k in range(num_frames)]
-
-
-def run_ffmpeg(path: Path, window: dict[str, float], **options) -> tuple[bytes, str]:
-    """The output and the log of ffmpeg for the first video stream of a file.
-
-    window: {"ss": start, "t": length} in seconds, or empty. options: output options of ffmpeg.
-    Raises DataError for a file that is not a video, or is truncated or damaged."""
-    try:
-        stream = ffmpeg.input(f"file:{path}", threads=1, **window).output("pipe:", map="0:v:0", **options)
-        stream = stream.global_args("-nostdin", "-v", "verbose")
-        executable = imageio_ffmpeg.get_ffmpeg_exe()
-        output, log = stream.run(cmd=executable, capture_stdout=True, capture_stderr=True)
-    except ffmpeg.Error:
-        what = "holds no readable video (empty, broken or not a video file)"
-        raise DataError(f"{path} {what}: replace it or delete its rows.") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{os.fsencode(path)} is a file name that is not UTF-8: rename the file.") from None
-    log = log.decode(errors="replace")
-    if "partial file" in log:
-        raise DataError(f"{path} is truncated: copy or download it again.")
-    if (errors := re.search(r"(\d+) decode errors", log)) and int(errors[1]):
-        raise DataError(
-            f"{path} is damaged, {errors[1]} frames cannot be decoded: copy or download it again."
-        )
-    return output, log
-
-
-def _count(log: str, what: str) -> int:
-    """The number of "packets read", "frames decoded" or "frames encoded" in ffmpeg's log, or 0."""
-    found = re.search(rf"\(video\):.*?(\d+) {what}", log)
-    return int(found[1]) if found else 0
-
-
-def count_packets(path: Path) -> int:
-    """The number of a video's packets, about one a frame. Nothing is decoded. Raises DataError."""
-    return _count(run_ffmpeg(path, {}, vcodec="copy", format="null")[1], "packets read")
-
-
-def _decode(path: Path, window: dict[str, float], **options) -> tuple[list[UInt8[np.ndarray, "h w 3"]], int]:
-    """The frames that ffmpeg outputs, and the number of frames that it decoded."""
-    options |= dict(format="image2pipe", vcodec="ppm", pix_fmt="rgb24", fps_mode="passthrough")
-    output, log = run_ffmpeg(path, window, **options)
-    frames, position = [], 0
-    while header := re.compile(rb"P6\s(\d+)\s(\d+)\s255\s").match(output, position):
-        width, height, start = int(header[1]), int(header[2]), header.end()
-        position = start + width * height * 3
-        if position > len(output):
-            break
-        frames.append(np.frombuffer(output, np.uint8, width * height * 3, start).reshape(height, width, 3))
-    return frames, _count(log, "frames decoded") or len(frames)
-
-
-def decode_frames(
-    path: Path, num_frames: int, start: float = 0.0, end: float | None = None
-) -> list[UInt8[np.ndarray, "height width 3"]]:
-    """`num_frames` frames of a video at the midpoints of equal segments, in its own size, rotated as it says.
-
-    The frame numbers are exact. With start and end (seconds), the segments divide the frames shown at
-    start <= time < end. A picture is a video of one frame. Raises DataError for a file that is missing,
-    unreadable, truncated or damaged, and for a window without frames.
-
-    A long file takes two passes of ffmpeg: one counts the frames, one decodes those that are needed."""
-    if not path.is_file():
-        raise DataError(f"{path} not found: add the file or delete its rows.")
-    if path.suffix.lower() in PICTURE_SUFFIXES:
-        try:
-            return [np.asarray(Image.open(path).convert("RGB"))] * num_frames
-        except (UnidentifiedImageError, OSError):
-            raise DataError(f"{path} is not a readable picture: replace it or delete its rows.") from None
-    window = ({"ss": start} if start else {}) | ({} if end is None else {"t": end - start})
-    if not window and path.stat().st_size < SHORT_FILE:
-        frames, count = _decode(path, window, fs=SHORT_PIPE)
-        if 0 < count == len(frames):  # else the pass stopped early
-            return [frames[n] for n in segment_midpoints(count, num_frames)]
-    if window:
-        count = _count(run_ffmpeg(path, window, format="null", fps_mode="passthrough")[1], "frames encoded")
-    else:
-        count = count_packets(path)
-    for _ in range(2):  # some packets may never be shown (edit lists); then the decoder has the true count
-        if count == 0:
-            break
-        wanted = segment_midpoints(count, num_frames)
-        numbers = sorted(set(wanted))
-        frames, decoded = _decode(path, window, vf="select=" + "+".join(f"eq(n\\,{n})" for n in numbers))
-        if (window or decoded == count) and len(frames) == len(numbers):
-            return [frames[numbers.index(n)] for n in wanted]
-        count = decoded
-    where = f" from {start:g} s" + (f" to {end:g} s" if end is not None else "") if window else ""
-    raise DataError(f"{path} holds no frame{where} that can be decoded: replace it or delete its rows.")
-
-
-def duration(path: Path) -> float:
-    """The length of a video in seconds: the time of its last packet. Nothing is decoded. Raises DataError."""
-    log = run_ffmpeg(path, {}, vcodec="copy", format="null")[1]
-    times = re.findall(r"time=(\d+):(\d+):([\d.]+)", log)
-    if not times:
-        raise DataError(f"{path} holds no frame: replace it or delete its rows.")
-    hours, minutes, seconds = map(float, times[-1])
-    return hours * 3600 + minutes * 60 + seconds
-
-
-def resize(
-    frame: UInt8[np.ndarray, "height width 3"], size: int
-) -> UInt8[np.ndarray, "new_height new_width 3"]:
-    """The frame with a shorter side of `size` pixels, by Pillow's bicubic filter, as in CLIP."""
-    height, width = frame.shape[:2]
-    new = (size, size * height // width) if width <= height else (size * width // height, size)
-    return np.asarray(Image.fromarray(frame).resize(new, Image.Resampling.BICUBIC))
 
 
 # ---- cache
@@ -174,37 +63,52 @@ class FrameCache:
         """The file of a clip's frames if it is complete and current."""
         try:
             file = zipfile.ZipFile(self.path(clip))
-        except (OSError, zipfile.BadZipFile):
+        except DAMAGED:
             return None
         return file if is_current(file.comment, clip) else None
 
     def frames(
         self, clip: Clip, generator: torch.Generator | None = None
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """The frames of a clip, decoded into the cache if they are not there.
+        """The frames of a clip, decoded into the cache if they are not there or the file is damaged.
 
         Without a generator, the segments' midpoints; with one, a random choice in each. Raises DataError."""
-        file = self._open(clip)
-        if file is None:
-            self._write(clip)
-            file = zipfile.ZipFile(self.path(clip))
         picks = torch.full((self.num_frames,), self.choices // 2)
         if generator is not None:
             picks = torch.randint(self.choices, (self.num_frames,), generator=generator)
-        with file:
-            numbers = [segment * self.choices + pick for segment, pick in enumerate(picks.tolist())]
-            pictures = [Image.open(io.BytesIO(file.read(f"{number:03d}.jpg"))) for number in numbers]
-        return np.stack([np.asarray(picture) for picture in pictures])
+        numbers = [segment * self.choices + pick for segment, pick in enumerate(picks.tolist())]
+        frames = self._read(clip, numbers)
+        if frames is None:
+            self._write(clip)
+            frames = self._read(clip, numbers)
+        if frames is None:
+            raise DataError(f"{self.path(clip)} cannot be read back: check that disk.")
+        return frames
 
-    def _write(self, clip: Clip) -> None:
+    def _read(self, clip: Clip, numbers: list[int]) -> UInt8[np.ndarray, "frames height width 3"] | None:
+        """These frames from the cache; None if they are not there, of another source, or damaged."""
+        if (file := self._open(clip)) is None:
+            return None
+        try:
+            with file:
+                pictures = [Image.open(io.BytesIO(file.read(f"{number:03d}.jpg"))) for number in numbers]
+            return np.stack([np.asarray(picture) for picture in pictures])
+        except DAMAGED:
+            return None
+
+    def _write(self, clip: Clip, frames: Sequence[np.ndarray] | None = None) -> None:
+        """Decodes a clip into the cache. frames: all frames of its video, if they are known already."""
         made_from = source(clip)  # before decoding, in case the video changes meanwhile
         content = io.BytesIO()
-        frames = decode_frames(clip.path, self.num_frames * self.choices, clip.start, clip.end)
+        count = self.num_frames * self.choices
+        if frames is None:
+            frames = decode_frames(clip.path, count, clip.start, clip.end, self.size)
+        else:
+            frames = [resize(frames[number], self.size) for number in segment_midpoints(len(frames), count)]
         with zipfile.ZipFile(content, "w") as file:
-            for number, frame in enumerate(frames):
+            for number, frame in enumerate(stack(frames)):
                 picture = io.BytesIO()
-                image = Image.fromarray(resize(frame, self.size))
-                image.save(picture, "JPEG", quality=self.QUALITY, subsampling=0)
+                Image.fromarray(frame).save(picture, "JPEG", quality=self.QUALITY, subsampling=0)
                 file.writestr(zipfile.ZipInfo(f"{number:03d}.jpg"), picture.getvalue())  # without a date
             file.comment = made_from
         save(self.path(clip), content.getvalue())
@@ -213,8 +117,22 @@ class FrameCache:
         """Decodes the clips that are not in the cache, on all cores. Returns {clip id: why} of failures."""
         remove_leftovers(self.folder)
         todo = [clip for clip in clips if self._open(clip) is None]
+        whole = [c for c in todo if shapes.is_rendered(c.path) and c.start == 0 and c.end is None]
+        if len(whole) > 1:
+            parts = [whole[k : k + 25] for k in range(0, len(whole), 25)]
+            in_parallel(self._write_built_in, parts, "decoding, 25 clips at a time")
+            todo = [clip for clip in todo if self._open(clip) is None]
         reasons = in_parallel(self._try, todo, "decoding frames")
         return {clip.id: reason for clip, reason in zip(todo, reasons) if reason}
+
+    def _write_built_in(self, clips: Sequence[Clip]) -> None:
+        """Decodes many built-in clips at once. Leaves them to be decoded one by one if they were changed."""
+        try:
+            every = shapes.decode([clip.path for clip in clips])
+        except ValueError:
+            return
+        for clip, frames in zip(clips, every):
+            self._write(clip, frames)
 
     def _try(self, clip: Clip) -> str | None:
         try:
@@ -223,11 +141,20 @@ class FrameCache:
             return str(error)
 
 
+def stack(frames: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> UInt8[np.ndarray, "frames height width 3"]:
+    """The frames of a clip as one array. If their sizes differ, the square in the middle of each."""
+    side = min(min(frame.shape[:2]) for frame in frames)
+    if len({frame.shape for frame in frames}) > 1:
+        corners = [((frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2) for frame in frames]
+        frames = [frame[y : y + side, x : x + side] for frame, (y, x) in zip(frames, corners)]
+    return np.stack(frames)
+
+
 def save(path: Path, content: bytes) -> None:
     """Writes a file of a cache atomically. Raises DataError if it cannot be written."""
     advice = "make room or name another folder with --data; what is written so far is kept."
     with writing(path, DataError, advice):
-        write_atomic(path, content)
+        write_atomic(path, content, sync=False)  # damage is noticed, and mended
 
 
 def file_name(clip: Clip) -> str:
@@ -252,10 +179,28 @@ def is_current(made_from: bytes, clip: Clip) -> bool:
 
 
 def in_parallel(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
-    """[work(item) for each item] in threads, one for each core, with a progress bar named `what`."""
-    pool = ThreadPoolExecutor(os.cpu_count())
+    """[work(item) for each item] in threads, with a progress bar named `what`.
+
+    An interruption ends each running ffmpeg."""
+    pool = ThreadPoolExecutor(_threads())
     try:
         results = pool.map(work, items)
         return list(tqdm(results, total=len(items), desc=what, unit=" clips", disable=len(items) < 50))
+    except BaseException:
+        with stopped():
+            pool.shutdown(cancel_futures=True)
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C, waiting items are dropped
+        pool.shutdown()
+
+
+def _threads() -> int:
+    """The number of clips to decode at once: one for each core, fewer if memory is short."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = [cores * MEMORY]
+    if hasattr(os, "sysconf"):
+        memory.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        memory.append(int(text))
+    return max(1, min(memory) // MEMORY)
