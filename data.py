@@ -32,6 +32,7 @@ from engine.frames import CHOICES, FrameCache, count_packets, decode_frames, in_
 from engine.frames import duration as duration
 from engine.frames import resize as resize
 from engine.frames import segment_midpoints as segment_midpoints
+from engine.uneven import deal_batches
 
 # ---- CLIP's preprocessing; engine.frames.resize comes first
 
@@ -88,16 +89,18 @@ Tokens = Int[Tensor, " tokens"] | Float[Tensor, " dim"]  # of one caption, or it
 def epoch_batches(
     clips: Sequence[Clip], batch_size: int, seed: int, epoch: int
 ) -> list[list[tuple[int, int]]]:
-    """The batches of one epoch as (clip, caption) numbers: every caption once, no clip twice in a batch.
+    """The batches of one epoch as (clip, caption) numbers: no caption twice, and no clip twice in a batch.
 
     Two captions of a clip in one batch would be false negatives of each other. So an epoch has rounds: each
-    takes the next caption of every clip that has one left. Clips and captions are in random order, which
-    depends on (seed, epoch) alone. A smaller batch at a round's end is dropped unless it is the only one."""
+    takes the next caption of every clip, and drops a smaller batch at its end unless it is the only one. For
+    unequal numbers of captions, see `deal_batches`. The order is random, by (seed, epoch) alone."""
     rng = np.random.default_rng([seed, epoch])
     order = [rng.permutation(len(clip.captions)) for clip in clips]
+    if len({len(captions) for captions in order}) > 1:
+        return deal_batches(order, batch_size, rng)
     batches = []
-    for turn in range(max(len(captions) for captions in order)):
-        pairs = [(int(c), int(order[c][turn])) for c in rng.permutation(len(clips)) if turn < len(order[c])]
+    for turn in range(len(order[0])):
+        pairs = [(int(c), int(order[c][turn])) for c in rng.permutation(len(clips))]
         used = len(pairs) - len(pairs) % batch_size or len(pairs)
         batches += [pairs[k : k + batch_size] for k in range(0, used, batch_size)]
     return batches

@@ -8,23 +8,24 @@ To add a data set, write one function here. It can then be used as `--dataset mi
             yield Clip(item["id"], files.video(item["file"]), tuple(item["captions"]), item["split"])
 """
 
-import csv
 import hashlib
-import io
-import json
+import math
+import os
 import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Bool
 
 import shapes
-from engine.files import DataError, files_below, stem
-
-SPLITS = ("train", "val", "test")
-Value = TypeVar("Value")
+from engine.files import PICTURE_SUFFIXES, DataError
+from engine.finding import Files, grouped, normal
+from engine.tables import NO_TEXT, SPLITS, Row, like_name, read_own_rows, shown
+from engine.tables import read_lines as read_lines  # "as": a re-export
 
 
 @dataclass(frozen=True)
@@ -39,100 +40,6 @@ class Clip:
     end: float | None = None  # None: the end of the file
 
 
-# ---- reading and finding files
-
-
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 file. A byte order mark is removed. Raises DataError for another encoding."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} cannot be read as UTF-8 ({error}): save it as UTF-8.") from None
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, without LF or CRLF."""
-    return [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
-
-
-def read_rows(path: Path, *columns: str) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, as strings. Raises DataError if a column is missing."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as CSV ({error}): save it separated by commas.") from None
-    if not rows or not set(columns) <= set(rows[0]):
-        wanted, found = ",".join(columns), ", ".join(map(str, rows[0])) if rows else "nothing"
-        raise DataError(f"{path} needs the columns {wanted} in its first line, then rows; found: {found}.")
-    return rows
-
-
-class Files:
-    """The files of a data set, found by name anywhere below its folder(s).
-
-    An unpacked archive can stay as it is, and a video may have another extension than its annotation says.
-    annotations, videos: folders (videos: default the same one). needs: what to say if a file is missing."""
-
-    def __init__(self, annotations: Path, videos: Path | None = None, needs: str = ""):
-        self.annotations, self.videos, self.needs = annotations, videos or annotations, needs
-        self._annotations = self._by_name(annotations)
-        self._videos = self._by_name(videos) if videos else self._annotations
-        self._stems: dict[str, list[Path]] = {}
-        for name, paths in self._videos.items():
-            self._stems.setdefault(stem(name), []).extend(paths)
-
-    def _by_name(self, root: Path) -> dict[str, list[Path]]:
-        if not root.is_dir():
-            raise DataError(f"{root} is not a folder: {self.needs}")
-        return _grouped((path.name, path) for path in files_below(root))
-
-    def has(self, name: str) -> bool:
-        """Whether an annotation file of this name exists."""
-        return name in self._annotations
-
-    def annotation(self, name: str) -> Path:
-        """The path of the annotation file of this name. Raises DataError if there is none."""
-        if name not in self._annotations:
-            raise DataError(f"{name} not found below {self.annotations}: {self.needs}")
-        return self._annotations[name][0]
-
-    def lines(self, name: str) -> list[str]:
-        """`read_lines` of an annotation file."""
-        return read_lines(self.annotation(name))
-
-    def rows(self, name: str, *columns: str) -> list[dict[str, str]]:
-        """`read_rows` of an annotation file."""
-        return read_rows(self.annotation(name), *columns)
-
-    def json(self, name: str):
-        """The content of a JSON annotation file. Raises DataError if it is not valid JSON."""
-        path = self.annotation(name)
-        try:
-            return json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not a complete JSON file ({error}): download it again.") from None
-
-    def video(self, name: str) -> Path:
-        """The path of a video: as written, else by its file name, else with another extension.
-
-        If there is no such video, returns where it is expected. Raises DataError if several files match."""
-        expected, base = self.videos / name, Path(name).name
-        if expected.is_file():
-            return expected
-        found = self._videos.get(base) or self._stems.get(stem(base)) or [expected]
-        if len(found) > 1:
-            raise DataError(f"{name} can be {found[0]} or {found[1]}: keep one of them, or name its folder.")
-        return found[0]
-
-
-def _grouped(pairs: Iterable[tuple[str, Value]]) -> dict[str, list[Value]]:
-    """All values of each name, in order."""
-    values: dict[str, list[Value]] = {}
-    for name, value in pairs:
-        values.setdefault(name, []).append(value)
-    return values
-
-
 # ---- registry
 
 
@@ -144,20 +51,26 @@ class Dataset:
     needs: tuple[str, ...]
     also: str
     folder: str
+    relevance: Callable[[Sequence[Clip]], np.ndarray | None] | None = None
 
 
 DATASETS: dict[str, Dataset] = {}
 
 
-def register(name: str, needs: tuple[str, ...] = (), also: str = "", like: str | None = None) -> Callable:
+def register(
+    name: str, needs: tuple[str, ...] = (), also: str = "", like: str | None = None, relevance=None
+) -> Callable:
     """A decorator that adds a reader to DATASETS.
 
     needs: the annotation files it must have ("a or b": one of them). also: what else to get, and where.
     like: a data set with the same folder and files, in place of needs and also.
+    relevance: a function of clips that knows which fit which of their captions, (texts, videos), or None.
     The reader is called with a Files; if it needs no files, with the paths (data, annotations, videos)."""
 
     def decorate(read: Callable[..., Iterable[Clip]]) -> Callable[..., Iterable[Clip]]:
-        DATASETS[name] = replace(DATASETS[like], read=read) if like else Dataset(read, needs, also, name)
+        DATASETS[name] = (
+            replace(DATASETS[like], read=read) if like else Dataset(read, needs, also, name, relevance)
+        )
         return read
 
     return decorate
@@ -194,18 +107,32 @@ def read_clips(
     where = f"the annotations below {files.annotations}"
     try:
         clips = list(found.read(files))
-    except (KeyError, TypeError, AttributeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DataError(f"{where} have another form than {dataset}'s ({error!r}): {files.needs}") from None
     seen: dict[str, str] = {}
     for clip in clips:
-        if clip.split not in SPLITS:
-            raise DataError(f"{where} give {clip.id} no split (train, validate or test): {files.needs}")
-        if not any(caption.strip() for caption in clip.captions) or not all(clip.captions):
-            raise DataError(f"{where} have no caption for {clip.id}, or an empty one: add or remove it.")
+        _check(clip, where, files.needs)
         if clip.id in seen:
             raise DataError(f"{where} have {clip.id} twice ({seen[clip.id]}, {clip.split}): get them again.")
         seen[clip.id] = clip.split
     return clips
+
+
+def _check(clip: Clip, where: str, needs: str) -> None:
+    """Raises DataError if a clip of a public data set cannot be used."""
+    if not isinstance(clip.id, str) or NO_TEXT.search(clip.id) or len(clip.path.name.encode()) > 255:
+        raise DataError(f"{where} have the id {shown(clip.id)}, which is no name of a video: correct it.")
+    if clip.split not in SPLITS:
+        raise DataError(f"{where} give {clip.id} no split (train, validate or test): {needs}")
+    for caption in clip.captions:
+        if NO_TEXT.search(caption):
+            raise DataError(f"{where} have {shown(caption)} for {clip.id}, which is no text: correct it.")
+    if not any(caption.strip() for caption in clip.captions) or not all(clip.captions):
+        raise DataError(f"{where} have no caption for {clip.id}, or an empty one: add or remove it.")
+    if not 0 <= clip.start < _end(clip) or clip.end == math.inf:
+        raise DataError(f"{where} give {clip.id} an empty or endless window: correct its id.")
 
 
 def of_split(clips: Sequence[Clip], split: str) -> list[Clip]:
@@ -226,7 +153,7 @@ def cache_folder(dataset: str, data: Path, videos: Path | None = None) -> Path:
 
 def held_out(names: Iterable[str], count: int) -> set[str]:
     """`count` of the names, chosen by a hash: the same on every machine, and stable if names are added."""
-    return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
+    return set(sorted(names, key=lambda name: hashlib.sha256(normal(name).encode()).digest())[:count])
 
 
 def _validation(train: Sequence[str]) -> set[str]:
@@ -237,21 +164,20 @@ def _validation(train: Sequence[str]) -> set[str]:
 # ---- built in, and your own data
 
 
-@register("shapes")
-def read_shapes(data: Path, *_: Path | None, what: str = "clips") -> list[Clip]:
+def shapes_relevance(clips: Sequence[Clip]) -> Bool[np.ndarray, "texts videos"] | None:
+    """Which built-in clips show what which caption says; None if captions are not the built-in ones."""
+    return shapes.relevance([clip.id for clip in clips], [clip.captions for clip in clips])
+
+
+@register("shapes", relevance=shapes_relevance)
+def read_shapes(data: Path, *_: Path | None) -> list[Clip]:
     """The built-in clips, rendered into DATA/shapes if they are not there (shapes.py). Raises DataError."""
     folder = data / "shapes"
     try:
         shapes.render(folder)
     except (OSError, RuntimeError) as error:
         raise DataError(str(error)) from None
-    return read_csv(folder / f"{what}.csv", folder / what)
-
-
-@register("pictures")
-def read_pictures(data: Path, *_: Path | None) -> list[Clip]:
-    """The built-in still pictures, on which the tiny CLIP is pretrained. Raises DataError."""
-    return read_shapes(data, what="pictures")
+    return read_csv(folder / "clips.csv", folder / "clips")
 
 
 @register("csv")
@@ -265,61 +191,94 @@ def read_own(data: Path, annotations: Path | None = None, videos: Path | None = 
 def read_csv(annotations: Path, videos: Path) -> list[Clip]:
     """Clips of a CSV file with columns video,caption[,split][,start,end], or a JSONL file with these keys.
 
-    Rows of the same video and window (start, end: seconds) are captions of one clip. videos: the folder of
-    videos or pictures. Without splits, a hash of the videos' names decides (80/10/10). Raises DataError for a
-    missing file or column, an empty caption, a wrong split or window, or a clip in two splits."""
+    Rows of the same file and window (start, end: seconds) are captions of one clip, under whatever names. In
+    JSONL, a caption may be a list of captions. videos: the folder of videos or pictures. Without splits, a
+    hash of the videos' names decides (80/10/10). Raises DataError for a missing file or column, for what is
+    no caption, split or time, and if two splits share seconds of a file."""
     if not annotations.is_file():
         raise DataError(
             f"{annotations} not found: give a CSV or JSONL file of video,caption by --annotations."
         )
     if not videos.is_dir():
         raise DataError(f"{videos} is not a folder: give the folder of video files with --videos.")
-    jsonl = annotations.suffix == ".jsonl"
-    rows = _jsonl(annotations) if jsonl else read_rows(annotations, "video", "caption")
-    files, has_splits = Files(videos), any(row.get("split") for row in rows)
-    found: dict[str, Clip] = {}
-    for number, row in enumerate(rows, start=1 if jsonl else 2):
-        where = f"{annotations}, row {number}"
-        name, caption, split = (row.get(column) or "" for column in ("video", "caption", "split"))
-        if not name or not caption.strip():
-            what = "caption" if name else "video"
-            raise DataError(f"{where}: the {what} is empty; fill it in or delete the row.")
-        if has_splits and split not in SPLITS:
-            raise DataError(f"{where}: the split of {name} is {split!r}; it must be train, val or test.")
-        start, end = _window(row, where)
-        window = f" [{start:g}-{'' if end is None else f'{end:g}'}]" if start or end is not None else ""
-        clip = found.setdefault(name + window, Clip(name + window, files.video(name), (), split, start, end))
-        if clip.split != split:
-            raise DataError(f"{where}: {clip.id} is in two splits; put all its rows in one.")
-        found[clip.id] = replace(clip, captions=(*clip.captions, caption.strip()))
-    if has_splits:
-        return list(found.values())
-    names = {clip.path.name for clip in found.values()}  # all windows of a video are in the same split
+    files = Files(videos)
+    clips = _gather(read_own_rows(annotations, lambda text: like_name(text) or files.is_video(text)), files)
+    if clips[0].split:
+        _check_overlaps(clips, annotations)
+        return clips
+    names = {clip.path.name for clip in clips}  # all windows of a video are in the same split
     tenth = max(1, len(names) // 10)
     splits = dict.fromkeys(held_out(names, 2 * tenth), "val") | dict.fromkeys(held_out(names, tenth), "test")
-    return [replace(clip, split=splits.get(clip.path.name, "train")) for clip in found.values()]
+    return [replace(clip, split=splits.get(clip.path.name, "train")) for clip in clips]
 
 
-def _jsonl(path: Path) -> list[dict[str, str]]:
+def _gather(rows: Sequence[Row], files: Files) -> list[Clip]:
+    """The clips of your own rows, each with all its captions."""
+    has_splits = any(row.split for row in rows)
+    places: dict[str, tuple[Path, object]] = {}  # of each name: its path, and what identifies the file
+    paths: dict[object, Path] = {}  # of each file: its first path
+    clips: dict[tuple, Clip] = {}
+    captions: dict[tuple, list[str]] = {}
+    for row in rows:
+        if row.name not in places:
+            places[row.name] = _place(row, files)
+        path, file = places[row.name]
+        key = (file, row.start, row.end)
+        if key not in clips:
+            first = paths.setdefault(file, path)
+            clips[key] = Clip(row.id, first, (), row.split, row.start, row.end)
+        clip = clips[key]
+        if has_splits and not row.split:
+            raise DataError(f"{row.where}: the split of {row.name} is ''; it must be train, val or test.")
+        if clip.split != row.split:
+            also = f", also as {clip.id}" if clip.id != row.id else ""
+            raise DataError(f"{row.where}: {row.id} is in two splits{also}; put all its rows in one.")
+        if path.suffix.lower() in PICTURE_SUFFIXES and row.id != row.name:
+            raise DataError(f"{row.where}: {row.name} is a picture, so leave start and end empty.")
+        captions.setdefault(key, []).extend(row.captions)
+    return [replace(clip, captions=tuple(captions[key])) for key, clip in clips.items()]
+
+
+def _place(row: Row, files: Files) -> tuple[Path, object]:
+    """The path of a row's video, and what identifies the file: links to a file have its identity."""
     try:
-        rows = [json.loads(line) for line in read_lines(path)]
-        return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise DataError(f"{path} is not JSONL ({error}): write one object in each line.") from None
-
-
-def _window(row: dict[str, str], where: str) -> tuple[float, float | None]:
-    start, end = row.get("start") or "0", row.get("end")
+        path = files.video(row.name)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from None
     try:
-        window = float(start), float(end) if end else None
-    except ValueError:
-        raise DataError(f"{where}: start and end are seconds, not {start!r} and {end!r}.") from None
-    if window[0] < 0 or (end and window[1] <= window[0]):
-        raise DataError(f"{where}: the window {start} to {end} s is empty; end must be later than start.")
-    return window
+        stat = path.stat()
+    except OSError:  # there is no such file
+        return path, os.path.normpath(path)
+    return path, (stat.st_dev, stat.st_ino) if stat.st_ino else str(path.resolve())
+
+
+def _check_overlaps(clips: Sequence[Clip], annotations: Path) -> None:
+    """Raises DataError if two splits share seconds of a file."""
+    latest: dict[Path, dict[str, Clip]] = {}  # of each file and split, the clip that ends last so far
+    for clip in sorted(clips, key=lambda clip: clip.start):
+        of_file = latest.setdefault(clip.path, {})
+        for other in of_file.values():
+            if other.split != clip.split and _end(other) > clip.start:
+                both = f"{other.id} ({other.split}) and {clip.id} ({clip.split}) are parts of one video"
+                raise DataError(f"{annotations}: {both} that overlap; put them in one split.")
+        of_file[clip.split] = max(of_file.get(clip.split, clip), clip, key=_end)
+
+
+def _end(clip: Clip) -> float:
+    return math.inf if clip.end is None else clip.end
 
 
 # ---- public data sets
+
+
+def _captions(files: Files, captions: dict, name: str) -> tuple[str, ...]:
+    """The captions of a clip; none if it has no entry. Raises DataError for what is no list of texts."""
+    found = captions.get(name, ())
+    wrong = [found] if not isinstance(found, list | tuple) else [c for c in found if not isinstance(c, str)]
+    if wrong:
+        what = f"have {shown(wrong[0])} for {name}, not a list of captions"
+        raise DataError(f"the annotations below {files.annotations} {what}: correct it.")
+    return tuple(found)
 
 
 @register(
@@ -334,19 +293,19 @@ def read_msrvtt(files: Files, train: str = "9k") -> Iterator[Clip]:
     full: the official splits, 20 captions a clip. Validation of 9k and 7k: the official validation clips in
     the training list (497 of 9k), or a held-out part of it if the JSON has no official splits."""
     content = files.json("MSRVTT_data.json")
-    captions = _grouped((sentence["video_id"], sentence["caption"]) for sentence in content["sentences"])
+    captions = grouped((sentence["video_id"], sentence["caption"]) for sentence in content["sentences"])
     official = {video["video_id"]: video.get("split", "") for video in content.get("videos", [])}
     official = {name: split.replace("validate", "val") for name, split in official.items()}
     if train == "full":
         splits = {name: official.get(name, "") for name in captions}
     else:
-        names = [row["video_id"] for row in files.rows(f"MSRVTT_train.{train}.csv", "video_id")]
+        names = [row["video_id"] for _, row in files.rows(f"MSRVTT_train.{train}.csv", "video_id")]
         val = {name for name in names if official.get(name) == "val"} or _validation(names)
         splits = {name: "val" if name in val else "train" for name in names}
-        for row in files.rows("MSRVTT_JSFUSION_test.csv", "video_id", "sentence"):
+        for _, row in files.rows("MSRVTT_JSFUSION_test.csv", "video_id", "sentence"):
             splits[row["video_id"]], captions[row["video_id"]] = "test", [row["sentence"]]
     for name, split in splits.items():
-        yield Clip(name, files.video(f"{name}.mp4"), tuple(captions.get(name, ())), split)
+        yield Clip(name, files.video(f"{name}.mp4"), _captions(files, captions, name), split)
 
 
 @register("msrvtt-7k", like="msrvtt")
@@ -378,9 +337,9 @@ def read_lsmdc(files: Files) -> Iterator[Clip]:
                 where = f"{files.annotation(name)}, line {number}"
                 raise DataError(f"{where}: {len(fields)} tab-separated fields, not 6; get the file again.")
             sentences.append((fields[0], fields[5]))
-        for clip, captions in _grouped(sentences).items():
+        for clip, captions in grouped(sentences).items():
             movie = clip.split(".")[0][:-3]  # the id is MOVIE_HH.MM.SS.mmm-HH.MM.SS.mmm
-            yield Clip(clip, files.video(f"{movie}/{clip}.avi"), tuple(captions), split)
+            yield Clip(clip, files.video(f"{clip}.avi", folder=movie), tuple(captions), split)
 
 
 @register(
@@ -395,9 +354,9 @@ def read_didemo(files: Files) -> Iterator[Clip]:
     The optional {split}_list.txt name the videos of retrieval papers (test: 1,004 of 1,037)."""
     for split in SPLITS:
         items = files.json(f"{split}_data.json")
-        descriptions = _grouped((item["video"], item["description"]) for item in items)
+        descriptions = grouped((item["video"], item["description"]) for item in items)
         if files.has(f"{split}_list.txt"):
-            names = files.lines(f"{split}_list.txt")
+            names = files.names(f"{split}_list.txt")
         else:
             names = list(descriptions)
             what = f"all {len(names)} videos of {split}_data.json are used, more than in retrieval papers"
@@ -414,9 +373,9 @@ def read_didemo(files: Files) -> Iterator[Clip]:
 def read_charades(files: Files) -> Iterator[Clip]:
     """Charades: the caption of a video is its script. Validation: a held-out part of the training videos."""
     train, test = (files.rows(name, "id", "script") for name in DATASETS["charades"].needs)
-    val = _validation([row["id"] for row in train])
+    val = _validation([row["id"] for _, row in train])
     for split, rows in (("train", train), ("test", test)):
-        for number, row in enumerate(rows, start=2):
+        for number, row in rows:
             name = row["id"]  # a string, even if it looks like a number
             if not re.fullmatch("[A-Z0-9]{5}", name):
                 where = f"{files.annotation(f'Charades_v1_{split}.csv')}, row {number}"
@@ -440,7 +399,7 @@ def read_vatex(files: Files) -> Iterator[Clip]:
         {item["videoID"]: item["enCap"] for item in files.json(name)} for name in DATASETS["vatex"].needs
     )
     if files.has("test_list.txt") and files.has("val_list.txt"):
-        halves = {name: split for split in ("val", "test") for name in files.lines(f"{split}_list.txt")}
+        halves = {name: split for split in ("val", "test") for name in files.names(f"{split}_list.txt")}
     else:
         test = held_out(rest, len(rest) // 2)
         halves = {name: "test" if name in test else "val" for name in rest}
@@ -451,7 +410,7 @@ def read_vatex(files: Files) -> Iterator[Clip]:
         path, whole, window = files.video(f"{name}.mp4"), files.video(f"{name[:11]}.mp4"), (0.0, None)
         if not path.is_file() and whole.is_file():
             path, window = whole, tuple(float(seconds) for seconds in name[12:].split("_"))
-        yield Clip(name, path, tuple(captions.get(name, ())), split, *window)
+        yield Clip(name, path, _captions(files, captions, name), split, *window)
 
 
 @register(
@@ -468,8 +427,8 @@ def read_msvd(files: Files) -> Iterator[Clip]:
         pickled = _plain_pickle(files.annotation("raw-captions.pkl"))
         captions = {name: [" ".join(words) for words in sentences] for name, sentences in pickled.items()}
     for split in SPLITS:
-        for name in files.lines(f"{split}_list.txt"):
-            yield Clip(name, files.video(f"{name}.avi"), tuple(captions.get(name, ())), split)
+        for name in files.names(f"{split}_list.txt"):
+            yield Clip(name, files.video(f"{name}.avi"), _captions(files, captions, name), split)
 
 
 def _plain_pickle(path: Path):
@@ -482,5 +441,5 @@ def _plain_pickle(path: Path):
     try:
         with path.open("rb") as file:
             return Plain(file).load()
-    except (pickle.UnpicklingError, EOFError, UnicodeDecodeError) as error:
+    except Exception as error:  # a damaged pickle raises many kinds
         raise DataError(f"{path} is not a plain pickle of captions ({error}): download it again.") from None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+PICTURE_SUFFIXES = {f".{name}" for name in "jpg jpeg png apng webp avif bmp".split()}
 VIDEO_SUFFIXES = {
     f".{name}" for name in "mp4 avi mkv webm mov m4v mpg mpeg wmv 3gp 3g2 mts m2ts flv ogv gif".split()
 }
@@ -37,23 +37,31 @@ def files_below(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("._"))  # macOS files
 
 
+def not_found(path: Path) -> str:
+    """The sentence for a file that is not there, or a link to one."""
+    link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
+    return f"{path}{link} not found: add the file or delete its rows."
+
+
 def printable(text: str) -> str:
     """The text with "?" for bytes of a file name that are not UTF-8."""
     return text.encode(errors="replace").decode()
 
 
-def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object], sync: bool = True) -> None:
     """Writes a file atomically: to a temporary file beside it, synced, then renamed. Creates missing folders.
 
-    content: the bytes, or a function that writes them to an open file. Raises OSError if the file cannot be
+    content: the bytes, or a function that writes them to an open file. sync=False, for a cache that notices
+    damage: the file may be damaged if power fails soon. Raises OSError if the file cannot be
     written; the temporary file is then removed and an older file at `path` is unchanged."""
     part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             file.write(content) if isinstance(content, bytes) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
     except RuntimeError as error:  # torch.save raises it for a full disk; the OSError is its context
         if isinstance(error.__context__, OSError):

@@ -1,5 +1,6 @@
 """Preprocessing equals CLIP's own, batches follow from the seed, and the commands report and resume."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -69,13 +70,76 @@ def test_an_epoch_shows_every_caption_once_and_no_clip_twice_in_a_batch(clips):
     assert all(len({clip for clip, _ in batch}) == len(batch) == 8 for batch in batches)
 
 
-def test_batches_with_unequal_numbers_of_captions():
-    clips = [Clip(str(k), Path(), ("c",) * (k + 1), "train") for k in range(5)]
-    batches = epoch_batches(clips, 2, seed=0, epoch=0)
-    assert all(len({clip for clip, _ in batch}) == len(batch) for batch in batches)
-    assert {c for batch in epoch_batches(clips, 64, 0, 0) for c, _ in batch} == set(
-        range(5)
-    )  # fewer clips than a batch
+def of_counts(counts) -> list[Clip]:
+    """Clips with these numbers of captions."""
+    return [Clip(str(k), Path(), ("c",) * count, "train") for k, count in enumerate(counts)]
+
+
+def test_a_batch_that_is_larger_than_the_data_holds_every_clip():
+    one, two = epoch_batches(of_counts([2] * 5), 64, 0, 0)
+    assert {c for c, _ in one} == {c for c, _ in two} == {*range(5)}
+
+
+@pytest.mark.parametrize(
+    "arguments,digest",
+    [
+        ((24, 5, 8, 0, 0), "3b18e56a05a62de1"),
+        ((10, 3, 4, 1, 7), "86d16f11d8745fe7"),
+        ((5, 2, 64, 0, 1), "45415a16e26952f8"),
+    ],
+)
+def test_batches_of_equal_numbers_of_captions_are_those_of_older_runs(arguments, digest):
+    """Such a run resumes where it stopped, whichever version wrote it."""
+    clips, captions, batch_size, seed, epoch = arguments
+    batches = epoch_batches(of_counts([captions] * clips), batch_size, seed, epoch)
+    assert hashlib.sha256(repr(batches).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize(
+    "counts,batch_size,size,number",
+    [
+        ([60] + [1] * 9, 8, 8, 1),  # not 59 batches of one pair
+        ([1, 60], 8, 2, 1),
+        ([1] * 970 + [2] * 25 + [3] * 5, 32, 32, 32),
+        ([5] * 29 + [1], 32, 29, 5),  # batches of 30: one
+        ([100] * 20 + [1] * 20, 32, 20, 101),  # batches of 32: one
+        ([3, 4, 5, 6, 7] * 6, 32, 28, 4),
+        ([1, 2, 3, 4, 5], 1, 1, 15),
+    ],
+)
+def test_batches_of_unequal_numbers_of_captions_have_one_size(counts, batch_size, size, number):
+    for epoch in range(2):  # the number of steps is that of the first epoch
+        batches = epoch_batches(of_counts(counts), batch_size, 0, epoch)
+        assert (len(batches), {len(batch) for batch in batches}) == (number, {size})
+        assert all(len({clip for clip, _ in batch}) == size for batch in batches)
+
+
+def test_batches_of_unequal_numbers_of_captions_are_as_many_as_possible():
+    rng = np.random.default_rng(0)
+    for epoch in range(60):
+        counts = rng.integers(1, rng.integers(3, 9), rng.integers(2, 30))
+        batch_size = int(rng.integers(1, 33))
+        if len({*counts}) == 1:
+            continue
+        batches = epoch_batches(of_counts(counts), batch_size, 0, epoch)
+        pairs = [pair for batch in batches for pair in batch]
+        size, number = len(batches[0]), len(batches)
+        assert len({*pairs}) == len(pairs) and all(caption < counts[clip] for clip, caption in pairs)
+        assert all(len({clip for clip, _ in batch}) == len(batch) == size for batch in batches)
+        assert np.minimum(counts, number + 1).sum() < (number + 1) * size
+        assert size <= batch_size and 2 * size >= min(batch_size, len(counts))
+
+
+def test_every_caption_is_used_in_some_epoch_and_clips_meet_by_chance():
+    counts = [9] * 3 + [4] * 30 + [1] * 7
+    used, met = set(), Counter()
+    for epoch in range(60):
+        for batch in epoch_batches(of_counts(counts), 8, 0, epoch):
+            used |= {*batch}
+            met.update(other for other, _ in batch if any(clip == 20 for clip, _ in batch))
+    assert len(used) == sum(counts)
+    fours = [met[clip] for clip in range(3, 33) if clip != 20]
+    assert min(fours) > 0.5 * np.mean(fours) and max(fours) < 1.6 * np.mean(fours)
 
 
 def test_order_depends_on_the_seed_and_the_epoch(clips):

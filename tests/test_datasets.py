@@ -18,10 +18,9 @@ from engine.datasets import (
     cache_folder,
     of_split,
     read_clips,
-    read_csv,
     register,
 )
-from engine.files import VIDEO_SUFFIXES, DataError
+from engine.files import VIDEO_SUFFIXES
 
 PUBLIC = [name for name, dataset in DATASETS.items() if dataset.needs]
 
@@ -45,21 +44,6 @@ def by_id(clips) -> dict:
 def sizes(clips) -> dict[str, int]:
     """The number of clips of each split."""
     return Counter(clip.split for clip in clips)
-
-
-# ---- finding files
-
-
-def test_videos_are_found_in_any_subfolder_and_with_another_extension(tmp_path):
-    names = ("deep/er/a.mp4", "b.mov", "x/c.mp4", "y/c.mp4", "__MACOSX/._a.mp4")
-    touch(*(tmp_path / name for name in names))
-    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
-    files = Files(tmp_path)
-    found = {"a.mp4": "deep/er/a.mp4", "b.avi": "b.mov", "y/c.mp4": "y/c.mp4", "gone.mp4": "gone.mp4"}
-    assert {name: files.video(name) for name in found} == {
-        name: tmp_path / own for name, own in found.items()
-    }
-    assert "keep one of them" in message(files.video, "c.mp4")
 
 
 # ---- the registry
@@ -97,7 +81,7 @@ def test_caches_are_apart_for_each_data_set_and_for_each_folder_of_your_own_vide
     own = [cache_folder("csv", tmp_path, tmp_path / name) for name in ("one", "two", "one/../one")]
     assert own[0] == own[2] != own[1] and re.fullmatch("csv-[0-9a-f]{8}", own[0].name)
     assert cache_folder("msrvtt-7k", tmp_path) == tmp_path / "cache" / "msrvtt"
-    assert cache_folder("pictures", tmp_path) != cache_folder("shapes", tmp_path)
+    assert cache_folder("msvd", tmp_path) != cache_folder("shapes", tmp_path)
 
 
 # ---- MSR-VTT
@@ -473,101 +457,34 @@ def test_an_incomplete_json_and_one_of_another_form_are_named(msvd):
     assert "no caption for -4wsuPCjDBc_5_15" in message(read_clips, "msvd", msvd)
 
 
-# ---- your own data
+@pytest.mark.parametrize("caption", [1, None, ["a"], "a\0", "\ud800", float("nan")])
+def test_what_is_no_caption_in_a_public_data_set_is_named(msvd, caption):
+    write(msvd / "msvd" / "captions_msvd.json", json.dumps({"-4wsuPCjDBc_5_15": ["a", caption]}))
+    said = message(read_clips, "msvd", msvd)
+    assert f"have {json.dumps(caption)} for -4wsuPCjDBc_5_15, " in said and said.isprintable()
 
 
-@pytest.fixture
-def read(clips_folder, tmp_path):
-    """Reads the content of an annotation file of the built-in clips."""
-    return lambda rows, name="a.csv": read_csv(write(tmp_path / name, rows), clips_folder / "clips")
+def test_one_text_in_place_of_a_list_is_not_read_as_letters(msvd, vatex):
+    write(msvd / "msvd" / "captions_msvd.json", json.dumps({"-4wsuPCjDBc_5_15": "a squirrel"}))
+    assert 'have "a squirrel" for -4wsuPCjDBc_5_15, not a list' in message(read_clips, "msvd", msvd)
+    records = [{"videoID": DASH, "enCap": "a squirrel"}]
+    write(vatex / "vatex" / "vatex_training_v1.0.json", json.dumps(records))
+    assert f'have "a squirrel" for {DASH}, not a list' in message(read_clips, "vatex", vatex)
 
 
-def test_csv_gathers_the_captions_of_a_video(read, clips_folder):
-    rows = 'video,caption,split\nclip00001.mp4,"a, b",train\nclip00002.mp4,c,test\nclip00001.mp4,d,train\n'
-    one, two = read("\ufeff" + rows.replace("\n", "\r\n"))
-    assert (one.id, one.captions, one.split, two.split) == ("clip00001.mp4", ("a, b", "d"), "train", "test")
-    assert one.path == clips_folder / "clips" / "clip00001.mp4"
+def test_ids_that_no_file_can_have_and_endless_windows_are_named(vatex):
+    def said(name: str) -> str:
+        records = [{"videoID": name, "enCap": ["a"]}]
+        write(vatex / "vatex" / "vatex_training_v1.0.json", json.dumps(records))
+        return message(read_clips, "vatex", vatex)
+
+    for name in ("a\0b", "\ud800_000000_000010"):
+        assert f"have the id {json.dumps(name)}, which is no name of a video" in said(name)
+    for window in ("nan_000010", "000000_inf", "000010_000010"):
+        assert f"give _AKs_OGcgL0_{window} an empty or endless window" in said(f"_AKs_OGcgL0_{window}")
+    assert "another form than vatex's" in said("_AKs_OGcgL0_a_b")
 
 
-def test_csv_names_may_lack_their_suffix(read):
-    (clip,) = read("video,caption,split\nclip00001,c,train\n")
-    assert clip.path.name == "clip00001.mp4" and clip.id == "clip00001"
-
-
-def test_csv_without_splits_is_divided_by_the_names_alone(read):
-    names = [f"clip{k:05d}.mp4" for k in range(24)]
-    forth, back = (
-        read("video,caption\n" + "".join(f"{n},c\n" for n in order)) for order in (names, names[::-1])
-    )
-    assert sorted(forth, key=str) == sorted(back, key=str)
-    assert sizes(forth) == {"train": 20, "val": 2, "test": 2}
-
-
-@pytest.mark.parametrize(
-    "rows,says",
-    [
-        ("clip,text\na,b\n", "needs the columns video,caption.*found: clip, text"),
-        ("", "found: nothing"),
-        ("video,caption,split\nclip00001.mp4,,train\n", "row 2: the caption is empty"),
-        ("video,caption,split\na.mp4,a,train\na.mp4,b,test\n", "row 3: a.mp4 is in two splits"),
-        ("video,caption,split\nclip00001.mp4,a,dev\n", "must be train, val or test"),
-        ("video,caption,start,end\nclip00001.mp4,a,one,\n", "start and end are seconds"),
-        ("video,caption,start,end\nclip00001.mp4,a,2,1\n", "end must be later than start"),
-        ("video,caption,start,end\nclip00001.mp4,a,0,0\n", "end must be later than start"),
-        ("video,caption,start,end\nclip00001.mp4,a,-1,\n", "end must be later than start"),
-    ],
-)
-def test_csv_mistakes_are_named(read, rows, says):
-    with pytest.raises(DataError, match=says):
-        read(rows)
-
-
-def test_missing_files_and_foreign_encodings_are_named(clips_folder, tmp_path):
-    assert "gone.csv not found" in message(read_csv, tmp_path / "gone.csv", clips_folder / "clips")
-    assert "is not a folder" in message(read_csv, clips_folder / "clips.csv", tmp_path / "gone")
-    (tmp_path / "latin.csv").write_bytes("video,caption\na,caf\xe9\n".encode("latin-1"))
-    assert "UTF-8" in message(read_csv, tmp_path / "latin.csv", clips_folder / "clips")
-
-
-def test_an_empty_split_and_an_unknown_data_set_are_named(clips, tmp_path):
-    assert "no clip has split 'val'" in message(of_split, [c for c in clips if c.split != "val"], "val")
-    assert "choose one of shapes, pictures, csv, msrvtt" in message(read_clips, "imagenet", tmp_path)
-    assert "--annotations FILE" in message(read_clips, "csv", tmp_path)
-
-
-def test_real_captions_file_is_read_whole(realdata):
-    clips = read_csv(realdata / "captions.csv", realdata / "clips")
-    assert len(clips) == 26 and {*sizes(clips)} == {*SPLITS}
-
-
-def test_each_window_of_a_video_is_a_clip(read):
-    rows = ("a,train,0,1.5", "b,train,1.5,", "c,train,0,1.5")
-    one, two = read("video,caption,split,start,end\n" + "".join(f"clip00001.mp4,{row}\n" for row in rows))
-    assert (one.captions, one.start, one.end) == (("a", "c"), 0.0, 1.5)
-    assert (two.captions, two.start, two.end) == (("b",), 1.5, None)
-    assert (one.id, two.id) == ("clip00001.mp4 [0-1.5]", "clip00001.mp4 [1.5-]")
-
-
-def test_csv_windows_of_one_video_stay_in_one_split(read):
-    windows = "".join(f"clip{k:05d}.mp4,c,{s},{s + 1}\n" for k in range(20) for s in range(3))
-    splits: dict = {}
-    for clip in read("video,caption,start,end\n" + windows):
-        splits.setdefault(clip.path, set()).add(clip.split)
-    assert len(splits) == 20 and all(len(split) == 1 for split in splits.values())
-    assert Counter(split for (split,) in splits.values()) == {"train": 16, "val": 2, "test": 2}
-
-
-def test_jsonl_is_csv_with_an_object_a_line(read):
-    lines = [
-        {"video": "clip00001.mp4", "caption": 'a "b", c', "split": "train"},
-        {"video": "clip00002.mp4", "caption": "d", "split": "val", "end": 1},
-    ]
-    one, two = read("\n".join(map(json.dumps, lines)), "a.jsonl")
-    assert (one.captions, one.split, two.end) == (('a "b", c',), "train", 1.0)
-    assert "is not JSONL" in message(read, "video,caption\n", "b.jsonl")
-
-
-def test_missing_videos_of_a_csv_are_listed(read, clips_folder):
-    """Training leaves them out; evaluation refuses them."""
-    (clip,) = read("video,caption,split\ngone.mp4,a,train\n")
-    assert clip.path == clips_folder / "clips" / "gone.mp4"
+def test_lists_of_names_may_have_blanks_around_them(msvd):
+    write(msvd / "msvd" / "train_list.txt", " -4wsuPCjDBc_5_15 \r\n\n")
+    assert by_id(read_clips("msvd", msvd))["-4wsuPCjDBc_5_15"].captions == ("a squirrel eats", "a chipmunk")

@@ -10,6 +10,7 @@ from engine.files import (
     DataError,
     ModelError,
     files_below,
+    not_found,
     printable,
     remove_leftovers,
     stem,
@@ -34,6 +35,7 @@ from engine.files import (
         ("65430553@N08_7624593376_420700bd90..mp4", "65430553@N08_7624593376_420700bd90"),
         ("-4wsuPCjDBc_5_15.AVI", "-4wsuPCjDBc_5_15"),
         ("150E6.mp4", "150E6"),
+        ("loop.apng", "loop"),
     ],
 )
 def test_a_stem_keeps_the_dots_of_a_name(name, base):
@@ -50,6 +52,13 @@ def test_files_below_follows_links_once_and_skips_macos_metadata(tmp_path):
     (outside / "three.mp4").touch()
     (tmp_path / "c").symlink_to(outside)
     assert [path.name for path in files_below(tmp_path)] == ["one.mp4", "two.mp4", "three.mp4"]
+
+
+def test_what_is_not_found_may_be_a_link(tmp_path):
+    (tmp_path / "a.mp4").symlink_to("gone.mp4")
+    advice = "not found: add the file or delete its rows."
+    assert not_found(tmp_path / "a.mp4") == f"{tmp_path / 'a.mp4'} (a link to gone.mp4) {advice}"
+    assert not_found(tmp_path / "b.mp4") == f"{tmp_path / 'b.mp4'} {advice}"
 
 
 def test_names_that_are_not_utf8_can_be_printed():
