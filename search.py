@@ -6,28 +6,30 @@
     python search.py check                                           # what the shortlist misses
     python search.py serve                                           # a page on http://127.0.0.1:8000
 
-A library is a local file, or a Milvus server: --library http://host:19530. A query first finds a shortlist by
-vector search, the text t against one vector per clip. The exact score then ranks the shortlist: the best of M
-texts drawn for each text-video pair. A small library is scored in full. Needs requirements-search.txt.
+A library is a local folder, or a Milvus server: --library http://host:19530. A query first finds a shortlist
+by vector search, the text t against one vector per clip. The exact score then ranks the shortlist: the best
+of M texts drawn for each text-video pair. A small library is scored in full. Needs requirements-search.txt.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
+import io
 import itertools
 import json
+import math
+import os
 import random
 import re
-import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import imageio_ffmpeg
-import numpy as np
 import torch
 import tyro
 from jaxtyping import Float, UInt8
@@ -37,18 +39,26 @@ from tqdm.auto import tqdm
 import shapes
 from data import center_crop, normalise
 from engine import server
-from engine.backbone import autocast, count_tokens, load_clip, tokenize
+from engine.backbone import autocast, count_tokens, load_clip, tokenize, unknown_words
 from engine.checkpoint import latest_run, open_checkpoint
 from engine.config import EvaluationConfig, prior_of
 from engine.datasets import Clip, read_lines
 from engine.distributed import choose_device
-from engine.files import VIDEO_SUFFIXES, DataError, ModelError, files_below, printable
-from engine.frames import decode_frames, duration, in_parallel, resize
+from engine.ffmpeg import check_ffmpeg
+from engine.files import DataError, ModelError, printable
+from engine.folder import Folder, scan
+from engine.frames import decode_frames, in_parallel
 from engine.library import Hit, Library, filmstrip, identity, overall, span, stamp
+from engine.scenes import spans
 from engine.scoring import noise_bank, scores
 from model import TMASS
 
 SHORTLIST = 1000  # clips that are scored exactly; a library of at most twice as many is scored in full
+LONGEST = 2000  # characters of a query, at most; the model reads 77 tokens
+LIMITS: dict[str, tuple[int, float]] = {
+    **dict.fromkeys(("k", "shortlist", "queries"), (1, math.inf)),
+    **dict(M=(0, 10_000), seed=(0, 2**63 - 1), batch=(1, 10_000), num_frames=(1, 1000), port=(0, 65_535)),
+}
 
 # --------------------------------------------------------------------------------- the model, and its answers
 
@@ -66,8 +76,6 @@ class Source:
         """The model in eval mode, and the config it was trained with. Raises ModelError."""
         if self.checkpoint:
             model, trained, _ = open_checkpoint(Path(self.checkpoint))
-        elif self.arch == "tiny" and not self.weights:
-            raise ModelError("--arch tiny is random without --weights FILE: name a run with --checkpoint.")
         else:
             clip, trained = load_clip(self.arch, self.weights), {}
             model = TMASS(clip, fusion="mean", radius="none", num_frames=self.num_frames)
@@ -83,7 +91,7 @@ class Source:
 class SearchConfig:
     """Which library to search, and how its clips are scored."""
 
-    library: str = "library.db"  # a file that ends in .db, or a Milvus server, http://host:19530
+    library: str = "library.db"  # a folder that ends in .db, or a Milvus server, http://host:19530
     M: int = 20  # texts drawn for each text-video pair; 0 scores t itself
     seed: int = 0  # seed of the draws
     shortlist: int = SHORTLIST  # clips scored exactly; a library of up to twice as many is scored in full
@@ -92,12 +100,20 @@ class SearchConfig:
     device: str = "auto"  # auto, cpu, cuda
 
 
+def check_limits(config: object) -> None:
+    """Raises DataError for a flag that is outside of LIMITS."""
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(config, name, low) <= high:
+            flag = "-k" if name == "k" else f"--{name.replace('_', '-')}"
+            most = f", at most {high}" if high < math.inf else ""
+            raise DataError(f"{flag} must be {low} or more{most}.")
+
+
 class Searcher:
     """A library, opened together with the model that encoded its clips. Raises DataError and ModelError."""
 
     def __init__(self, config: SearchConfig):
-        if config.shortlist < 1 or config.M < 0:
-            raise DataError("--shortlist must be 1 or more, and --M 0 or more.")
+        check_limits(config)
         self.library, self.shortlist = Library(config.library), config.shortlist
         self.device, own = choose_device(config.device), Source(**self.library.about["source"])
         source = Source(str(config.checkpoint.resolve())) if config.checkpoint else own
@@ -107,21 +123,26 @@ class Searcher:
         prior = prior_of(EvaluationConfig(), self.trained, self.trained.get("dataset", ""))
         M = config.M if self.model.radius is not None else 0
         self.noise = noise_bank(M, self.library.about["dim"], config.seed, **prior).to(self.device)
+        self._captions = functools.lru_cache(1)(self.text)
 
     def notes(self, query: str) -> list[str]:
         """Warnings about a query: it is cut, or probably not English."""
-        count, most = count_tokens(query), self.model.clip.context_length
+        count, most = count_tokens(query[:LONGEST]), self.model.clip.context_length
         cut = f"the query has {count} tokens; the model reads the first {most}."
         foreign = "CLIP learned from English captions: a query in another language may find little."
-        return [cut] * (count > most) + [foreign] * bool(re.search(r"[^\W\d_a-zA-Z]", query))
+        unknown = unknown_words(self.model.clip, query[:LONGEST])
+        strange = f"the model does not know {', '.join(unknown[:5])}: the score leaves that out."
+        foreign = [foreign] * bool(re.search(r"[^\W\d_a-zA-Z]", query))
+        return [cut] * (count > most) + foreign + [strange] * bool(unknown)
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> Float[Tensor, "texts dim"]:
-        """phi_t of captions. Raises DataError if one is empty."""
+        """phi_t of captions. Raises DataError if one is empty, ModelError if the features are not finite."""
         if not all(caption.strip() for caption in captions):
             raise DataError("the query is empty: describe what to look for.")
         tokens = tokenize(captions, self.model.clip.context_length)
-        return torch.cat([self.model.encode_text(part.to(self.device)) for part in tokens.split(256)])
+        text = torch.cat([self.model.encode_text(part.to(self.device)) for part in tokens.split(256)])
+        return _finite(text, f"{self.name} gives text features")
 
     @functools.cached_property
     def whole(self) -> tuple[list[dict], Float[Tensor, "clips frames dim"]] | None:
@@ -137,12 +158,15 @@ class Searcher:
     def score(
         self, text: Float[Tensor, "texts dim"], frames: Float[Tensor, "clips frames dim"]
     ) -> Float[Tensor, "texts clips"]:
-        """The exact score of every pair, as evaluate.py computes it."""
-        return scores(self.model, text, frames.to(self.device), self.noise)
+        """The exact score of every pair, as in evaluate.py. Raises ModelError if one is not finite."""
+        score = scores(self.model, text, frames.to(self.device), self.noise)
+        return _finite(score, f"{self.name} and {self.library.where} give scores")
 
     @torch.no_grad()
     def search(self, query: str, k: int = 5) -> list[Hit]:
         """The k best clips for a query, best first; among equal scores, the smaller id first."""
+        if len(query) > LONGEST:
+            raise DataError(f"the query has {len(query)} characters: use at most {LONGEST}.")
         text, psi, radius = self.text([query]), self.model.fusion, self.model.radius
         rows, frames = self.whole or self.library.nearest(text[0], self.shortlist)
         score = self.score(text, frames)[0].tolist()
@@ -161,10 +185,19 @@ class Searcher:
         ]
 
     def rank(self, captions: Sequence[str], clip: Float[Tensor, "1 frames dim"]) -> list[dict]:
-        """Video-to-text: captions for one clip, [{"score", "caption"}], best first."""
-        score = self.score(self.text(captions), clip)[:, 0].tolist()
+        """Video-to-text: captions for one clip, [{"score", "caption"}], best first.
+
+        The features of the captions are kept for the next clip."""
+        score = self.score(self._captions(tuple(captions)), clip)[:, 0].tolist()
         answers = [{"score": s, "caption": caption} for s, caption in zip(score, captions)]
         return sorted(answers, key=lambda answer: -answer["score"])
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    if not values.isfinite().all():
+        damage = "that are not finite numbers: its weights are damaged"
+        raise ModelError(f"{what} {damage}; index again with another --checkpoint and --library.")
+    return values
 
 
 def _check_identity(library: Library, model: TMASS, name: str) -> str:
@@ -197,42 +230,11 @@ def read_captions(path: Path | None, trained: dict) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ index
 
 
-def videos_below(folder: Path) -> dict[str, Path]:
-    """The video files below a folder, by relative name. A name with a trailing dot counts as one (DiDeMo)."""
-    found = [p for p in files_below(folder) if p.suffix.lower() in VIDEO_SUFFIXES or p.name.endswith(".")]
-    return {path.relative_to(folder).as_posix(): path for path in found}
-
-
-def spans(path: Path, cut: str) -> list[tuple[float, float | None]]:
-    """The clips of a file as (start, end) in seconds. cut: whole, scenes, or "window S" (about S seconds)."""
-    if cut == "whole":
-        return [(0.0, None)]
-    seconds = duration(path)  # raises DataError for a broken file
-    if cut == "scenes":
-        edges = _scene_starts(path)
-    else:
-        window = float(cut.split()[1])
-        edges = [n * window for n in range(max(1, round(seconds / window)))]  # the last: 0.5 to 1.5 windows
-    return list(zip(edges, [*edges[1:], None]))
-
-
-def _scene_starts(path: Path) -> list[float]:
-    try:
-        import scenedetect
-    except ImportError:
-        raise DataError("--scenes needs scenedetect: pip install -r requirements-search.txt.") from None
-    try:
-        scenes = scenedetect.detect(str(path), scenedetect.ContentDetector())
-    except (scenedetect.VideoOpenFailure, OSError) as error:
-        raise DataError(f"{path} has no readable scenes ({error}): replace it, or use --window 10.") from None
-    return [start.seconds for start, _ in scenes] or [0.0]
-
-
 def read_clip(clip: Clip, num_frames: int, size: int) -> tuple[UInt8[Tensor, "frames 3 size size"], bytes]:
     """The frames of a clip at CLIP's size, and its filmstrip. Raises DataError."""
-    pictures = decode_frames(clip.path, num_frames, clip.start, clip.end)
-    images = torch.from_numpy(np.stack([resize(picture, size) for picture in pictures])).permute(0, 3, 1, 2)
-    return center_crop(images, size), filmstrip(pictures)
+    pictures = decode_frames(clip.path, num_frames, clip.start, clip.end, size)
+    images = [torch.tensor(picture).permute(2, 0, 1)[None] for picture in pictures]  # sizes may differ
+    return torch.cat([center_crop(image, size) for image in images]), filmstrip(pictures)
 
 
 @torch.no_grad()
@@ -257,7 +259,8 @@ def _add(db: Library, model: TMASS, files: dict[str, Path], rows: dict, batch: i
     split = in_parallel(lambda file: _attempt(spans, files[file], db.about["cut"]), [*files], "splitting")
     for file, parts in zip(files, split):
         if isinstance(parts, DataError):
-            rows[file]["error"], parts = str(parts), []
+            _failed(rows[file], files[file], parts)
+            parts = []
         bar.total += len(parts) - 1
         own = [Clip(f"{db.key(file)}-{n}", files[file], (), "", *part) for n, part in enumerate(parts)]
         clips += [(file, clip) for clip in own]
@@ -266,7 +269,7 @@ def _add(db: Library, model: TMASS, files: dict[str, Path], rows: dict, batch: i
         read, good = in_parallel(lambda pair: _attempt(read_clip, pair[1], *sizes), part, "decoding"), []
         for (file, clip), result in zip(part, read):
             if isinstance(result, DataError):
-                rows[file]["error"] = rows[file]["error"] or str(result)
+                _failed(rows[file], files[file], result)
             else:
                 rows[file]["clips"] += 1
                 good.append((clip, *result))
@@ -277,12 +280,19 @@ def _add(db: Library, model: TMASS, files: dict[str, Path], rows: dict, batch: i
         bar.update(len(part))
 
 
+def _failed(row: dict, path: Path, error: DataError) -> None:
+    """Notes the first error of a file in its row. A file that is gone meanwhile counts as unfinished."""
+    row["error"] = row["error"] or str(error)
+    if not path.is_file():
+        row["stamp"] = ""
+
+
 @dataclass(frozen=True)
 class IndexConfig:
     """Which folder to index, with which model, and how files are split into clips."""
 
     folder: tyro.conf.Positional[Path]  # videos, at any depth
-    library: str = "library.db"  # a file that ends in .db, or a Milvus server, http://host:19530
+    library: str = "library.db"  # a folder that ends in .db, or a Milvus server, http://host:19530
     checkpoint: Path | None = None  # a run or checkpoint; default: the library's own, else the latest run
     arch: str | None = None  # instead: ViT-B/32 or another CLIP, zero-shot, with mean-pooled frames
     weights: Path | None = None  # with --arch: a file of CLIP weights
@@ -291,6 +301,7 @@ class IndexConfig:
     scenes: bool = False  # split files into scenes (scenedetect)
     moved: bool = False  # the library's folder was moved to this place
     retry: bool = False  # read broken files again, even if they have not changed
+    hidden: bool = False  # also take hidden, trash and thumbnail folders and hidden files
     batch: int = 16  # clips encoded at once
     device: str = "auto"  # auto, cpu, cuda
 
@@ -298,26 +309,26 @@ class IndexConfig:
 def index(config: IndexConfig) -> int:
     """Creates or updates the library of a folder: encodes new and changed files, drops removed ones.
 
-    Broken files are listed. If index was stopped, run it again to continue. Exit code 1: there is no clip."""
-    folder, batch = config.folder, config.batch
+    Broken files are listed. If index was stopped, run it again to continue. Files that cannot be reached now,
+    in a folder without the right to read it or on a disk that is away, are kept and warned of.
+    Exit code 1: there is no clip, or something cannot be reached."""
+    folder = config.folder
+    check_limits(config)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: name the folder of your videos.")
     if (config.scenes and config.window is not None) or not 0 <= (config.window or 0) < float("inf"):
         raise DataError("--window takes seconds, 0 or more, and not beside --scenes.")
-    _need_ffmpeg()
-    found = videos_below(folder)
-    if not found:
-        suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
-        raise DataError(f"{folder} holds no video ({suffixes}): name another folder.")
+    check_ffmpeg()
+    found = scan(folder, config.hidden)
+    if not found.videos and "://" not in config.library and not os.path.exists(config.library):
+        raise DataError(found.nothing())
     db, place = Library(config.library, create=True), str(folder.resolve())
+    if not found.videos and not db.about:
+        raise DataError(found.nothing())
     if (old := db.about.get("folder", place)) != place and not config.moved:
         advice = f"name another --library, or add --moved if that folder is now {folder}."
         raise DataError(f"{db.where} is the library of {old}: {advice}")
-    if config.checkpoint or config.arch:
-        checkpoint, weights = (path and str(path.resolve()) for path in (config.checkpoint, config.weights))
-        source = Source(checkpoint, config.arch, weights, config.num_frames)
-    else:
-        source = Source(**db.about["source"]) if db.about else Source(str(latest_run().resolve()))
+    source = _source(config, db)
     model, _ = source.open(choose_device(config.device))
     about = {"folder": place, "source": asdict(source), "model": _check_identity(db, model, source.name)}
     print(f"model: {source.name}", file=sys.stderr)
@@ -325,36 +336,49 @@ def index(config: IndexConfig) -> int:
     if config.window is not None:
         cut = f"window {config.window:g}" if config.window else "whole"
     db.describe({**about, "cut": cut, "dim": model.clip.text_projection.shape[1]})
+    return _update(db, model, found, config)
 
-    known, started = db.files(), time.time()
-    stamps = {file: stamp(path, cut) for file, path in found.items()}
-    current = {file: row for file, row in known.items() if row["source"] == stamps.get(file)}
-    todo = [file for file in found if file not in current or (config.retry and current[file]["error"])]
-    gone = [file for file in known if file not in found]
+
+def _update(db: Library, model: TMASS, found: Folder, config: IndexConfig) -> int:
+    """Makes the library equal to what was found, and prints what changed. Returns the exit code."""
+    known, started, batch = db.files(), time.time(), config.batch
+    stamps = {file: stamp(status, db.about["cut"]) for file, status in found.videos.items()}
+    same = {file for file, row in known.items() if row["stamp"] == stamps.get(file)}
+    same -= {file for file in same if config.retry and known[file]["error"]}
+    todo = [file for file in stamps if file not in same]
+    away = {file: found.away(file, row.get("mount")) for file, row in known.items() if file not in stamps}
+    gone = [file for file, where in away.items() if where is None]
+    kept = collections.Counter(where for where in away.values() if where is not None)
+    for note in found.notes():
+        print(printable(note))
+    for warning in found.warnings(kept):
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     db.drop(gone)
     with tqdm(total=len(todo), desc="clips", unit=" clips", disable=not todo) as bar:
         for group in (todo[n : n + batch] for n in range(0, len(todo), batch)):
             db.begin(group, known)
-            rows = {file: {"source": stamps[file], "clips": 0, "error": None} for file in group}
-            _add(db, model, {file: found[file] for file in group}, rows, batch, bar)
+            rows = {file: {"stamp": stamps[file], "clips": 0, "error": None} for file in group}
+            rows = {file: {**row, "mount": found.mounts[file]} for file, row in rows.items()}
+            _add(db, model, {file: config.folder / file for file in group}, rows, batch, bar)
             db.finish(rows)
     seconds, files, count = time.time() - started, db.files(), len(db)
     clips, new = sum(files[file]["clips"] for file in todo), sum(file not in known for file in todo)
     broken = [row["error"] for row in files.values() if row["error"]]
-    again, same = len(todo) - new, len(files) - len(todo)
-    changes = f"{new} new, {again} read again, {len(gone)} removed, {same} unchanged, {len(broken)} broken"
+    changes = f"{new} new, {len(todo) - new} read again, {len(gone)} removed, {len(same)} unchanged"
+    changes += f", {len(broken)} broken" + (f", {kept.total()} kept" if kept else "")
     rate = f", {clips} clips encoded in {seconds:.1f} s ({clips / seconds:.1f} clips/s)" if clips else ""
     print(f"{db.where}: {count} clips of {len(files)} files; {changes}{rate}")
     for error in broken:
         print(printable(f"broken: {error}"))
-    return 0 if count else 1
+    return 1 if kept or found.unreadable or not count else 0
 
 
-def _need_ffmpeg() -> None:
-    try:
-        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, check=True)
-    except (RuntimeError, OSError, subprocess.CalledProcessError):
-        raise DataError("no working ffmpeg: pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE.") from None
+def _source(config: IndexConfig, db: Library) -> Source:
+    """The model to index with: the one that is named, else the library's own, else the latest run."""
+    if config.checkpoint or config.arch:
+        checkpoint, weights = (path and str(path.resolve()) for path in (config.checkpoint, config.weights))
+        return Source(checkpoint, config.arch, weights, config.num_frames)
+    return Source(**db.about["source"]) if db.about else Source(str(latest_run().resolve()))
 
 
 # ------------------------------------------------------------------------------------------------------ query
@@ -373,8 +397,7 @@ class QueryConfig(SearchConfig):
 
 def query(config: QueryConfig) -> int:
     """Finds the clips that fit a text, or with --video the captions that fit a clip."""
-    if config.k < 1:
-        raise DataError("-k must be 1 or more.")
+    check_limits(config)
     if not config.text.strip() and config.video is None:
         raise DataError('the query is empty: give a text, as in query "a dog runs", or a clip with --video.')
     searcher = Searcher(config)
@@ -398,9 +421,11 @@ def query(config: QueryConfig) -> int:
 
 def _query_video(searcher: Searcher, config: QueryConfig) -> int:
     video, captions = config.video, read_captions(config.captions, searcher.trained)
-    rows, frames = searcher.library.clips_of(video)
+    names = [video, *(unicodedata.normalize(form, video) for form in ("NFC", "NFD"))]  # macOS writes NFD
+    known = (searcher.library.clips_of(name) for name in names)
+    rows, frames = next(((rows, frames) for rows, frames in known if rows), ([], None))
     if not rows:
-        if not Path(video).is_file():
+        if not os.path.isfile(video):
             raise DataError(f"{video} is neither a file of {config.library} nor another file: name a video.")
         clip = Clip(video, Path(video), (), "")
         images, _ = read_clip(clip, searcher.model.arguments["num_frames"], searcher.model.resolution)
@@ -413,7 +438,7 @@ def _query_video(searcher: Searcher, config: QueryConfig) -> int:
     for part, own in zip(parts, best):
         print(printable(f"{video}  {span(part['start'], part['end'])}"))
         for n, one in enumerate(own, start=1):
-            print(f"{n:>4}  {one['score']:.3f}  {one['caption']}")
+            print(printable(f"{n:>4}  {one['score']:.3f}  {one['caption']}"))
     return 0
 
 
@@ -449,8 +474,6 @@ def recall(searcher: Searcher, captions: Sequence[str], sizes: list[int], k: int
 def check(config: CheckConfig) -> int:
     """Measures what shortlists of several sizes miss: their recall@10 against scoring every clip.
     Exit code 1: that of --shortlist is below --floor."""
-    if config.queries < 1:
-        raise DataError("--queries must be 1 or more.")
     searcher, size = Searcher(config), config.shortlist
     asked = read_captions(config.captions, searcher.trained)
     asked = random.Random(config.seed).sample(asked, min(config.queries, len(asked)))
@@ -477,20 +500,28 @@ class ServeConfig(SearchConfig):
 
     port: int = 8000  # port of the page; 0: any free one
     host: str = "127.0.0.1"  # address to listen on; any other shows the videos to whoever can reach it
+    links: bool = False  # also play files that links lead to outside the library's folder
 
 
 def serve(config: ServeConfig) -> int:
     """Serves a page: type a query, play the clips it finds, see which captions fit a clip. Ctrl-C ends it."""
     searcher = Searcher(config)
     searcher.whole  # noqa: B018  loads the clips now, and raises DataError for an empty library
+    captions = read_captions(config.captions, searcher.trained)
     with contextlib.suppress(KeyboardInterrupt):
-        server.serve(searcher, read_captions(config.captions, searcher.trained), config.host, config.port)
+        server.serve(searcher, captions, config.host, config.port, config.links)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Wrong input ends it with one sentence and exit code 1."""
     commands = {"index": index, "query": query, "check": check, "serve": serve}
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that is not UTF-8 shows the other characters as \u....
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     cli = functools.partial(tyro.extras.subcommand_cli_from_dict, config=(tyro.conf.OmitArgPrefixes,))
     try:
         sys.exit(cli(commands, args=arguments, description=__doc__))
@@ -498,11 +529,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
         sys.exit("stopped: the same command continues from here.")
+    except OSError as error:
+        sys.exit(
+            printable(f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}).")
+        )
     except Exception as error:
         if not type(error).__module__.startswith("pymilvus"):
             raise
         reason = str(getattr(error, "message", error)).splitlines()[0]
-        sys.exit(f"error: the library's database reports: {reason}")
+        sys.exit(f"error: the library's database reports: {reason}; what it holds is kept.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""A library of encoded clips in Milvus: a local file (milvus-lite) or a server, with the same code.
+"""A library of encoded clips in Milvus: a local folder (milvus-lite) or a server, with the same code.
 
 Everything that search.py stores is written and read here. pymilvus is imported when a library is opened.
 """
 
 import base64
+import errno
 import hashlib
 import io
 import json
 import logging
 import os
+import shutil
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +25,15 @@ from PIL import Image
 from torch import Tensor
 
 from engine.backbone import fingerprint
-from engine.files import DataError
+from engine.files import DataError, ModelError
 from model import TMASS, MeanPool, XPool
 
 ROW = 65_535  # characters in one field of a row, at most
 NEAREST = 16_384  # rows that a vector search returns, at most
-CREATE = "create it with python search.py index FOLDER, or name another one with --library"
+OTHER = "name another one with --library"
+CREATE = f"create it with python search.py index FOLDER, or {OTHER}"
+HERE = ("localhost", "127.0.0.1", "::1")  # host names of this machine
+DIRECT = {"grpc.enable_http_proxy": 0, "grpc.keepalive_time_ms": 300_000}  # milvus-lite refuses shorter times
 
 Rows = tuple[list[dict], Float[Tensor, "clips frames dim"]]  # {"id", "start", "end"} of clips; their features
 
@@ -53,10 +59,10 @@ def span(start: float, end: float | None) -> str:
     return f"{round(start, 1):g}-{round(end, 1):g} s"
 
 
-def stamp(path: Path, cut: str) -> str:
+def stamp(file: Path | os.stat_result, cut: str) -> str:
     """Size and modification time of a file, and how it is cut. A file with a new stamp is read again."""
-    stat = path.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns} {cut}"
+    status = file.stat() if isinstance(file, Path) else file
+    return f"{status.st_size} {status.st_mtime_ns} {cut}"
 
 
 def filmstrip(frames: Sequence[UInt8[np.ndarray, "h w 3"]], height: int = 72, most: int = 48_000) -> bytes:
@@ -100,44 +106,50 @@ class Library:
 
         tmass_clips       one row per clip: id, start, end (seconds), vector, features of its frames (float16)
         tmass_thumbnails  one row per clip: id, filmstrip
-        tmass_files       one row per file: name, stamp, number of clips, error; one row about the library
+        tmass_files       one row per file: name, stamp, number of clips, error, mount point of its disk;
+                          one row about the library
 
     The id of a clip is a hash of its file's name and a number, so names may hold any character. A file is
     marked unfinished before its clips are written and finished afterwards: `index` can continue after a kill.
 
-    where: a path that ends in .db, or the address of a Milvus server, http://host:19530 (/database).
+    where: a folder that ends in .db, or the address of a Milvus server, http://host:19530 (/database).
     create: create the library if it does not exist. Raises DataError if it is missing or cannot be opened."""
 
     ABOUT = "library"  # id of the row about the library
 
     def __init__(self, where: str, create: bool = False):
-        self.where, self._milvus, server = where, _import_pymilvus(), "://" in where
+        self._milvus, server = _import_pymilvus(), "://" in where
+        self.where = where = where if server else where.rstrip("/")
         if not server:
-            if not where.endswith(".db"):
-                raise DataError(f"--library {where}: name a file that ends in .db, or a server, http://...")
-            if not create and not Path(where).exists():
-                raise DataError(f"{where} not found: {CREATE}.")
-            Path(where).absolute().parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.client = self._milvus.MilvusClient(where)
-        except self._milvus.MilvusException as error:
-            local = "another process has it open (search.py serve?), or it is damaged"
-            reason = "no Milvus server answers there" if server else local
-            raise DataError(f"{where} cannot be opened: {reason} ({error.message}).") from None
-        for name in ("files", "thumbnails", "clips"):
-            if self.client.has_collection(f"tmass_{name}"):
-                self.client.load_collection(f"tmass_{name}")
+            _check_folder(where, create)
         self.about: dict = {}  # folder, source, model, cut, dim
-        if self.client.has_collection("tmass_files"):
-            self.about = json.loads(self._get("files", [self.ABOUT]).get(self.ABOUT, "{}"))
+        why = "no Milvus server answers there" if server else None
+        try:
+            here = not server or urllib.parse.urlsplit(where).hostname in HERE
+            self.client = self._milvus.MilvusClient(where, **({"grpc_options": DIRECT} if here else {}))
+            why = "its data cannot be read; if it is damaged, index into a new one"
+            ready = list(filter(self._is_ready, ("clips", "thumbnails", "files")))
+            for name in ready:
+                self.client.load_collection(f"tmass_{name}")
+            if "files" in ready:
+                self.about = json.loads(self._get("files", [self.ABOUT]).get(self.ABOUT, "{}"))
+        except (self._milvus.MilvusException, ValueError) as error:
+            reason = str(getattr(error, "message", error)).strip().split("\n")[0]
+            why = why or _why_closed(where, reason)
+            raise DataError(f"{where} cannot be opened: {why} ({reason}).") from None
         if not self.about and not create:
             raise DataError(f"{where} holds no library: {CREATE}.")
+
+    def _is_ready(self, name: str) -> bool:
+        """Whether a collection has its index; a killed process may leave one without."""
+        name = f"tmass_{name}"
+        return self.client.has_collection(name) and bool(self.client.list_indexes(name))
 
     def describe(self, about: dict) -> None:
         """Stores what the library is: folder, source, model, cut, dim. Creates the collections if needed."""
         types = self._milvus.DataType
         for name in ("files", "thumbnails", "clips"):
-            if self.client.has_collection(f"tmass_{name}"):
+            if self._is_ready(name):
                 continue
             clips = name == "clips"
             schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -149,7 +161,10 @@ class Library:
                 schema.add_field("end", types.DOUBLE, nullable=True)
             index = self.client.prepare_index_params()
             index.add_index("vector", index_type="AUTOINDEX" if clips else "FLAT", metric_type="COSINE")
-            self.client.create_collection(f"tmass_{name}", schema=schema, consistency_level="Strong")
+            if not self.client.has_collection(f"tmass_{name}"):
+                if "://" not in self.where:  # a full disk leaves the start of a collection
+                    shutil.rmtree(Path(self.where, "collections", f"tmass_{name}"), ignore_errors=True)
+                self.client.create_collection(f"tmass_{name}", schema=schema, consistency_level="Strong")
             self.client.create_index(f"tmass_{name}", index, sync=False)  # the collection is still empty
             self.client.load_collection(f"tmass_{name}")
         self._put("files", {self.ABOUT: json.dumps(about)})
@@ -178,14 +193,16 @@ class Library:
         return hashlib.sha256(os.fsencode(file)).hexdigest()[:24]
 
     def files(self) -> dict[str, dict]:
-        """All files, {name: {"source": stamp, "clips": number, "error"}}. An unfinished file has stamp ""."""
+        """All files, {name: {"stamp", "clips": number, "error", "mount"}}. Unfinished ones have stamp ""."""
         batches = self._all("files", ["id", "content"])
-        rows = [json.loads(row["content"]) for rows in batches for row in rows if row["id"] != self.ABOUT]
+        rows = [_file_row(row["content"]) for rows in batches for row in rows if row["id"] != self.ABOUT]
         return {row.pop("file"): row for row in rows}
 
     def begin(self, files: Sequence[str], known: dict[str, dict]) -> None:
         """Marks files unfinished. Removes the clips of those that are already known."""
-        self._put_files({file: {"source": "", "clips": 0, "error": None} for file in files})
+        mounts = {file: known[file].get("mount") for file in files if file in known}
+        empty = {"stamp": "", "clips": 0, "error": None}
+        self._put_files({file: {**empty, "mount": mounts.get(file)} for file in files})
         self._drop_clips([file for file in files if file in known])
 
     def finish(self, rows: dict[str, dict]) -> None:
@@ -222,8 +239,13 @@ class Library:
         frames: Float[Tensor, "clips frames dim"],
         thumbnails: Sequence[bytes],
     ) -> None:
-        """Writes clips, and replaces those of the same id. Raises DataError if features do not fit a row."""
-        contents = [base64.b64encode(one.numpy().tobytes()).decode() for one in frames.cpu().half()]
+        """Writes clips, and replaces those of the same id. Raises DataError if features do not fit a row, and
+        ModelError if they are not finite."""
+        half = frames.cpu().half()
+        if not (half.isfinite().all() and vectors.isfinite().all()):
+            damage = "the model gives features that are not finite numbers: its weights are damaged"
+            raise ModelError(f"{damage}; name another --checkpoint. What was indexed before is kept.")
+        contents = [base64.b64encode(one.numpy().tobytes()).decode() for one in half]
         if len(contents[0]) > ROW:
             size = f"{frames.shape[1]} frames of {frames.shape[2]} numbers"
             raise DataError(f"{size} do not fit a row of Milvus: use a model with fewer frames.")
@@ -275,15 +297,74 @@ class Library:
         options = {"limit": count, "output_fields": list(fields), "search_params": how}
         return [dict(hit["entity"]) for hit in self.client.search("tmass_clips", data=[vector], **options)[0]]
 
-    def names(self, ids: Sequence[str]) -> list[str]:
-        """The file of each clip, as its name below the folder."""
+    def file_rows(self, ids: Sequence[str]) -> list[dict]:
+        """The row of the file of each clip: "file" (its name below the folder), "stamp", "clips", "error"."""
         keys = [id.split("-")[0] for id in ids]
         rows = self._get("files", sorted({*keys}))
-        return [json.loads(rows[key])["file"] for key in keys]
+        gone = json.dumps(
+            {"file": "(removed from the library)", "stamp": ""}
+        )  # by another process, on a server
+        return [_file_row(rows.get(key, gone)) for key in keys]
+
+    def names(self, ids: Sequence[str]) -> list[str]:
+        """The file of each clip, as its name below the folder."""
+        return [row["file"] for row in self.file_rows(ids)]
 
     def thumbnails(self, ids: Sequence[str]) -> dict[str, bytes]:
         """The filmstrip of each clip, by id."""
         return {id: base64.b64decode(content) for id, content in self._get("thumbnails", ids).items()}
+
+
+def _file_row(content: str) -> dict:
+    row = json.loads(content)
+    if "source" in row:  # the name of the stamp in older libraries
+        row["stamp"] = row.pop("source")
+    return row
+
+
+def _check_folder(where: str, create: bool) -> None:
+    """Raises DataError if a local library cannot be at `where`. Creates its parent folder if `create`."""
+    if not where.endswith(".db"):
+        raise DataError(f"--library {where}: name a folder that ends in .db, or a server, http://...")
+    path = Path(where)
+    try:
+        if path.is_file():
+            what = "is a file, not the folder of a library (milvus-lite before 3.0 wrote files)"
+            raise DataError(f"{where} {what}: {OTHER}.")
+        known = (path / "collections").is_dir()  # the first thing that milvus-lite writes
+        if create and not known and path.is_dir() and any(path.iterdir()):
+            raise DataError(f"{where} is a folder that holds no library: {OTHER}.")
+        if not create and not known:
+            raise DataError(f"{where} {'holds no library' if path.is_dir() else 'not found'}: {CREATE}.")
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "is not a folder" if file else f"gives the error {error.strerror}"
+        raise DataError(f"{where} cannot be used ({error.filename or where} {reason}): {OTHER}.") from None
+
+
+def _why_closed(where: str, reason: str) -> str:
+    """Why a local library cannot be opened: what milvus-lite raises, of which pymilvus gives no reason."""
+    import milvus_lite
+
+    if "Open local milvus failed" not in reason:
+        return "the server that milvus-lite starts for it does not answer"
+    try:
+        milvus_lite.MilvusLite(where).close()
+    except milvus_lite.DataDirLockedError as error:
+        if isinstance(error.__cause__, BlockingIOError):
+            return "another process has it open (search.py serve or index?); wait, or stop it"
+        return "its file system cannot lock files; put it on a local disk"
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "give yourself the right to write, or copy it"
+            return (
+                f"{error.filename or where} may not be written, and milvus-lite writes even to read; {advice}"
+            )
+        return f"{error.filename or where}: {error.strerror}"
+    except Exception as error:
+        return f"it is damaged, index into a new one: {type(error).__name__}"
+    return "it could not be opened at first; try again"
 
 
 def _import_pymilvus() -> ModuleType:

@@ -5,8 +5,14 @@ tornado is imported when the server starts.
 
 import asyncio
 import base64
+import hashlib
+import ipaddress
 import json
+import mimetypes
 import os
+import re
+import secrets
+import socket
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +23,18 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from engine.files import DataError, printable, write_atomic, writing
+from engine.files import DataError, ModelError, printable, write_atomic, writing
 from engine.library import Hit, Library, stamp
 
 LOCAL = r"(localhost|127\.0\.0\.1|\[::1\])"
+MOST = 100  # hits in one answer
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @runtime_checkable
@@ -61,90 +75,168 @@ def write_page(path: Path, searcher: Searcher, query: str, hits: Sequence[Hit]) 
         write_atomic(path, page(content).encode(errors="replace"))
 
 
-def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL):
-    """The page as a tornado application. It sends files of the library only, by clip id, and writes nothing.
+def host_names(host: str) -> str:
+    """A pattern of the host names that the page answers to when it listens on `host`.
 
-    captions: ranked for a clip on request. hosts: a pattern of the host names that are answered. With the
-    default, no other web site can reach the page through a visitor's browser."""
+    Another web site can point its own name to this machine (DNS rebinding), so no foreign name is answered:
+    on a loopback address only the names of this machine, else also IP addresses, `host` and its own name."""
+    if _is_loopback(host):
+        return rf"({LOCAL}|{re.escape(host)})"
+    own = socket.gethostname()
+    names = "|".join(re.escape(name.lower()) for name in (host, own, f"{own}.local") if name)
+    return rf"({LOCAL}|[\d.]+|\[[\da-f:.]+\]|{names})"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def servable(library: Library, row: dict, links: bool = False) -> Path | None:
+    """The path of an indexed file, if it is still the file that was indexed; else None.
+
+    row: its row in the library. The file must have the size and time that are stored there, and lie in the
+    library's folder: a link that leads out of it is followed only if `links`."""
+    try:
+        path = Path(os.path.realpath(library.path(row["file"])))
+        inside = links or path.is_relative_to(library.about["folder"])
+        same = inside and path.is_file() and row["stamp"].startswith(stamp(path, ""))
+    except (OSError, DataError):
+        return None
+    return path if same else None
+
+
+def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL, links: bool = False):
+    """The page as a tornado application. It sends files of the library only, and writes nothing.
+
+    A clip is asked for by an id that only the page knows, once a query has found it: it depends on a secret
+    of this process. captions: ranked for a clip on request. hosts: a pattern of the host names that are
+    answered. With the default, no other web site can reach the page through a visitor's browser.
+    links: also send files that links lead to outside the library's folder."""
     web = _import_tornado().web
     worker = ThreadPoolExecutor(1)  # one query at a time; the server goes on sending videos meanwhile
+    secret, shown = secrets.token_bytes(32), {}  # shown: the ids of clips in the library, by their public ids
+
+    def public(id: str) -> str:
+        key = hashlib.blake2b(id.encode(), key=secret, digest_size=16).hexdigest()
+        shown[key] = id
+        return key
 
     def run(function, *arguments):
         return asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
 
-    class Page(web.RequestHandler):
+    class Answer(web.RequestHandler):
         def set_default_headers(self):
-            policy = "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'"
-            self.set_header("Content-Security-Policy", policy)
-            self.set_header("X-Content-Type-Options", "nosniff")
+            for name, value in HEADERS.items():
+                self.set_header(name, value)
 
+        def prepare(self):
+            asked = self.request.headers
+            from_here = asked.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+            if not from_here and asked.get("Sec-Fetch-Dest") != "document":  # a link to the page is allowed
+                raise web.HTTPError(403, reason="Other web sites cannot use this page")
+
+        def write_error(self, status_code, **more):
+            self.finish({"error": f"{self._reason}."})
+
+        def known(self, key: str) -> str:
+            if key not in shown:
+                raise web.HTTPError(404, reason="This clip is not known here, search again")
+            return shown[key]
+
+    class Missing(Answer):
+        def prepare(self):
+            raise web.HTTPError(404)
+
+    class Page(Answer):
         def get(self):
             self.finish(page({"serve": True, "model": searcher.name, "examples": list(captions[:200:40])}))
 
-    class Search(Page):
+    class Search(Answer):
         async def get(self):
             query, k = self.get_query_argument("q", ""), self.get_query_argument("k", "10")
             try:
-                hits = await run(searcher.search, query, min(max(int(k), 1), 100) if k.isdecimal() else 10)
-            except DataError as error:
+                count = int(k) if re.fullmatch(r"\d{1,4}", k, re.ASCII) else 0
+                if not 1 <= count <= MOST:
+                    raise DataError(f"k must be a whole number from 1 to {MOST}.")
+                hits = await run(searcher.search, query, count)
+                notes = searcher.notes(query)
+            except (DataError, ModelError) as error:
                 self.set_status(400)
                 return self.finish({"error": str(error)})
-            shown = [_shown(hit, f"clip/{hit.id}", f"thumbnails/{hit.id}") for hit in hits]
-            self.finish({"hits": shown, "notes": searcher.notes(query)})
+            keys = [public(hit.id) for hit in hits]
+            found = [_shown(hit, f"clip/{key}", f"thumbnails/{key}") for hit, key in zip(hits, keys)]
+            self.finish({"hits": [{**hit, "id": key} for hit, key in zip(found, keys)], "notes": notes})
 
-    class Captions(Page):
-        async def get(self, id):
-            clip = await run(searcher.library.clip, id)
+    class Captions(Answer):
+        async def get(self, key):
+            clip = await run(searcher.library.clip, self.known(key))
             if clip is None:
                 raise web.HTTPError(404)
-            self.finish({"captions": (await run(searcher.rank, captions, clip[1]))[:10]})
+            try:
+                self.finish({"captions": (await run(searcher.rank, captions, clip[1]))[:10]})
+            except (DataError, ModelError) as error:
+                self.set_status(400)
+                self.finish({"error": str(error)})
 
-    class Thumbnails(Page):
-        async def get(self, id):
-            strips = await run(searcher.library.thumbnails, [id])
+    class Thumbnails(Answer):
+        async def get(self, key):
+            strips = await run(searcher.library.thumbnails, [id := self.known(key)])
             if id not in strips:
                 raise web.HTTPError(404)
             self.set_header("Content-Type", "image/jpeg")
             self.finish(strips[id])
 
-    class Video(web.StaticFileHandler):  # can send a part of a file (Range)
+    class Video(Answer, web.StaticFileHandler):  # can send a part of a file (Range)
         @classmethod
         def get_absolute_path(cls, root, path):
-            return path  # the id of a clip
+            return path  # the public id of a clip
 
         def validate_absolute_path(self, root, absolute_path):
-            if searcher.library.clip(absolute_path) is None:
-                raise web.HTTPError(404)
-            path = searcher.library.path(searcher.library.names([absolute_path])[0])
-            if not path.is_file():
-                raise web.HTTPError(404)
+            row = searcher.library.file_rows([self.known(absolute_path)])[0]
+            if (path := servable(searcher.library, row, links)) is None:
+                raise web.HTTPError(404, reason="The file has changed since it was indexed, or is not there")
             return str(path)
+
+        def get_content_type(self):  # never a page or a script, whatever the file holds
+            found = mimetypes.guess_type(self.absolute_path)[0] or ""
+            return found if found.startswith("video/") or found == "image/gif" else "video/mp4"
 
         @classmethod
         def get_content_version(cls, abspath):
             return stamp(Path(abspath), "")  # the default is a hash of all bytes
 
-    id = "([0-9a-f]{24}-[0-9]+)"
-    app = web.Application()
-    pages = [(r"/", Page), (r"/search", Search), (rf"/captions/{id}", Captions)]
-    files = [(rf"/thumbnails/{id}", Thumbnails), (rf"/clip/{id}", Video, {"path": "/"})]
+    key = "([0-9a-f]{32})"
+    app = web.Application(default_handler_class=Missing)
+    pages = [(r"/", Page), (r"/search", Search), (rf"/captions/{key}", Captions)]
+    files = [(rf"/thumbnails/{key}", Thumbnails), (rf"/clip/{key}", Video, {"path": "/"})]
     app.add_handlers(hosts, [*pages, *files])
     return app
 
 
-def serve(searcher: Searcher, captions: Sequence[str], host: str, port: int) -> None:
+def address(host: str, port: int) -> str:
+    """The address of the page to print, as a browser takes it."""
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    where = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    return where if name == host else f"{where} and all other addresses of this machine"
+
+
+def serve(searcher: Searcher, captions: Sequence[str], host: str, port: int, links: bool = False) -> None:
     """Serves the page until Ctrl-C. port 0: any free port. Raises DataError if the address cannot be used."""
-    tornado = _import_tornado()
-    hosts = LOCAL if host in ("127.0.0.1", "localhost", "::1") else ".*"
-    app = application(searcher, captions, hosts)
+    tornado, host = _import_tornado(), host.strip("[]")
+    app = application(searcher, captions, host_names(host), links)
     try:
         sockets = tornado.netutil.bind_sockets(port, host)
-    except OSError as error:
-        raise DataError(f"{host}:{port} cannot be used ({error.strerror}): choose another --port.") from None
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = "choose another --host or --port"
+        raise DataError(f"{host}:{port} cannot be used ({reason}): {advice}.") from None
 
     async def forever():
         tornado.httpserver.HTTPServer(app).add_sockets(sockets)
-        where = f"http://{host}:{sockets[0].getsockname()[1]}"
+        where = address(host, sockets[0].getsockname()[1])
         print(f"serving {searcher.library.where} on {where} (Ctrl-C ends it)", flush=True)
         await asyncio.Event().wait()
 

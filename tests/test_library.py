@@ -1,6 +1,10 @@
 """The library of search.py: its rows, vectors, file names and errors (test_search.py indexes folders)."""
 
+import errno
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from engine.library import Library, filmstrip, identity, overall, span, stamp
 from model import MeanPool, XPool
 
 FRAMES, DIM = 4, 24
+ABOUT = {"folder": "/videos", "source": {}, "model": "none", "cut": "whole", "dim": DIM}
 
 
 def contents(library: Library) -> dict[tuple[str, float], bytes]:
@@ -71,13 +76,13 @@ def toys(monkeypatch) -> None:
 def library(tmp_path) -> Library:
     """A library of two files: "a" has three clips, "b" one."""
     made = Library(str(tmp_path / "library.db"), create=True)
-    made.describe({"folder": str(tmp_path), "source": {}, "model": "none", "cut": "whole", "dim": DIM})
+    made.describe({**ABOUT, "folder": str(tmp_path)})
     made.begin(["a", "b"], {})
     for file, count in (("a", 3), ("b", 1)):
         ids = [(f"{made.key(file)}-{n}", float(n), n + 1.0 if n < count - 1 else None) for n in range(count)]
         frames = randn(count, FRAMES, DIM, seed=count)
         made.add(ids, frames.mean(dim=1), frames, [f"{file}{n}".encode() for n in range(count)])
-        made.finish({file: {"source": "stamp", "clips": count, "error": None}})
+        made.finish({file: {"stamp": "stamp", "clips": count, "error": None}})
     return made
 
 
@@ -107,10 +112,10 @@ def test_a_shortlist_holds_the_largest_cosines_first(library):
 
 
 def test_a_file_is_unfinished_until_its_clips_are_written_and_loses_them_when_it_is_read_again(library):
-    finished = {"source": "stamp", "clips": 1, "error": None}
+    finished = {"stamp": "stamp", "clips": 1, "error": None}
     assert library.files()["b"] == finished
     library.begin(["b", "new"], library.files())
-    unfinished = {"source": "", "clips": 0, "error": None}
+    unfinished = {"stamp": "", "clips": 0, "error": None, "mount": None}
     assert library.files() == {"a": {**finished, "clips": 3}, "b": unfinished, "new": unfinished}
     assert len(library) == 3 and library.clips_of("b")[0] == []
     library.drop(["a"])
@@ -122,6 +127,56 @@ def test_clips_that_do_not_fit_a_row_are_refused(library):
     assert "1100 frames of 24 numbers" in sentence(
         library.add, [("x-0", 0.0, None)], randn(1, DIM), frames, [b""]
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])  # 1e5 is infinite in half precision
+@pytest.mark.parametrize("where", ["frames", "vectors"])
+def test_features_that_are_not_finite_are_refused_and_nothing_is_written(library, value, where):
+    frames, before = randn(1, FRAMES, DIM), contents(library)
+    vectors = frames.mean(dim=1)
+    {"frames": frames, "vectors": vectors}[where].view(-1)[3] = value
+    if where == "vectors" and value == 1e5:
+        return library.add([("x-0", 0.0, None)], vectors, frames, [b""])  # vectors have full precision
+    assert "not finite" in sentence(library.add, [("x-0", 0.0, None)], vectors, frames, [b""])
+    assert contents(library) == before
+
+
+@pytest.mark.parametrize("name", ["files", "thumbnails", "clips"])
+@pytest.mark.parametrize("step", ["create_collection", "create_index", "load_collection"])
+def test_a_library_whose_creation_was_stopped_is_created_anew(step, name, tmp_path, monkeypatch):
+    broken, real = Library(str(tmp_path / "broken.db"), create=True), None
+
+    def stop(collection, *arguments, **options):
+        if collection != f"tmass_{name}":
+            return real(collection, *arguments, **options)
+        if step == "create_collection":  # a full disk leaves this
+            (tmp_path / "broken.db" / "collections" / collection).mkdir()
+        raise KeyboardInterrupt
+
+    real = getattr(broken.client, step)
+    monkeypatch.setattr(broken.client, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        broken.describe(ABOUT)
+    shutil.copytree(tmp_path / "broken.db", tmp_path / "copy.db")  # as after kill -9
+    assert "holds no library" in sentence(Library, str(tmp_path / "copy.db"))
+    library, frames = Library(str(tmp_path / "copy.db"), create=True), randn(2, FRAMES, DIM)
+    library.describe(ABOUT)
+    library.add([("x-0", 0.0, None), ("x-1", 1.0, None)], frames.mean(dim=1), frames, [b"", b""])
+    assert library.nearest_ids(frames[1].mean(dim=0), 1) == ["x-1"] and len(library) == 2
+    for collection in ("files", "thumbnails", "clips"):
+        assert library.client.list_indexes(f"tmass_{collection}") == ["vector"]
+
+
+def test_rows_of_older_libraries_are_read(library):
+    assert library.files()["a"]["stamp"] == "stamp"
+    library._put_files({"a": {"source": "older", "clips": 3, "error": None}})
+    assert library.files()["a"] == {"stamp": "older", "clips": 3, "error": None}
+    assert library.file_rows([f"{library.key('a')}-0"])[0] == {"file": "a", **library.files()["a"]}
+
+
+def test_the_row_of_a_file_that_another_process_removed_is_no_file(library):
+    (row,) = library.file_rows([f"{library.key('gone')}-0"])
+    assert row["stamp"] == "" and not library.path(row["file"]).exists()
 
 
 def test_a_name_in_the_library_that_leads_out_of_the_folder_is_refused(library, tmp_path):
@@ -194,6 +249,81 @@ def test_a_library_that_is_missing_or_misnamed_gives_one_sentence(tmp_path):
     assert "no Milvus server answers" in sentence(Library, "http://127.0.0.1:1")
     assert Library(str(tmp_path / "deep" / "empty.db"), create=True).about == {}
     assert "holds no library" in sentence(Library, str(tmp_path / "deep" / "empty.db"))
+
+
+def test_a_library_is_a_folder_also_with_a_slash_at_its_end(library, tmp_path):
+    assert (tmp_path / "library.db").is_dir() and len(Library(f"{library.where}/")) == 4
+
+
+def test_a_place_where_no_library_can_be_gives_its_own_sentence(tmp_path):
+    (tmp_path / "clip.mp4").touch()
+    (tmp_path / "old.db").write_bytes(b"SQLite format 3")
+    (tmp_path / "photos.db").mkdir()
+    (tmp_path / "photos.db" / "a.jpg").touch()
+    places = [
+        ("clip.mp4/x.db", "clip.mp4 is not a folder"),
+        ("old.db", "is a file, not the folder of a library"),
+    ]
+    places += [("photos.db", "is a folder that holds no library"), ("n" * 300 + ".db", "File name too long")]
+    for name, reason in places:
+        message = sentence(Library, str(tmp_path / name), create=True)
+        assert name in message and reason in message and "name another one with --library" in message
+    if Path("/proc").is_dir():
+        assert "/proc/nothere" in sentence(Library, "/proc/nothere/x.db", create=True)
+    for name in ("clip.mp4/x.db", "photos.db"):  # without create
+        assert "create it with" in sentence(Library, str(tmp_path / name))
+    assert [path.name for path in (tmp_path / "photos.db").iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x.db/LOCK"),
+            "x.db/LOCK may not be written, and",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "x.db/LOCK"), "x.db/LOCK may not be written, and"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.db"), "x.db: No space left on device"),
+        (BlockingIOError(errno.EAGAIN, "again"), "another process has it open"),
+        (OSError(errno.ENOLCK, "No locks available"), "its file system cannot lock files"),
+        (ValueError("Expecting value"), "it is damaged, index into a new one"),
+    ],
+)
+def test_a_library_that_cannot_be_opened_says_why(error, reason, tmp_path, monkeypatch):
+    import milvus_lite
+
+    def acquire(_):
+        if error.errno in (errno.EAGAIN, errno.ENOLCK) if isinstance(error, OSError) else False:
+            raise milvus_lite.DataDirLockedError("another process holds the lock") from error
+        raise error
+
+    monkeypatch.setattr(milvus_lite.MilvusLite, "_acquire_lock", acquire)
+    message = sentence(Library, str(tmp_path / "x.db"), create=True)
+    assert reason in message and ("another process" in message) == (reason == "another process has it open")
+
+
+def test_a_damaged_library_is_not_said_to_be_open_elsewhere(library, tmp_path):
+    for number, (name, damage) in enumerate([("schema.json", b"{"), ("manifest.json", b"[]")]):
+        copy = tmp_path / f"{number}.db"
+        shutil.copytree(library.where, copy)
+        for path in copy.glob(f"collections/tmass_files/{name}*"):
+            path.write_bytes(damage)
+        message = sentence(Library, str(copy))
+        assert "damaged" in message and "another process" not in message
+
+
+@pytest.mark.parametrize("names", [("http_proxy",), ("https_proxy", "grpc_proxy", "all_proxy")])
+def test_a_local_library_is_not_opened_through_a_proxy(names, tmp_path, monkeypatch):
+    for name in names:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert os.environ[names[0]] and Library(str(tmp_path / "x.db"), create=True).about == {}
+
+
+@pytest.mark.parametrize("where", ["http://[bad", "http://host:port", "ftp://host", "http://127.0.0.1:1"])
+def test_an_address_of_no_server_gives_one_sentence(where):
+    assert f"{where} cannot be opened: no Milvus server answers there (" in sentence(Library, where)
 
 
 def test_without_milvus_one_sentence_says_what_to_install(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """search.py: a library equals its folder whatever happens, and its scores are those of evaluate.py."""
 
+import io
 import json
 import os
 import re
@@ -8,10 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
-import ffmpeg
-import imageio_ffmpeg
 import pytest
 import torch
 from conftest import ROOT, random_model
@@ -26,21 +26,10 @@ import search
 import shapes
 from engine.checkpoint import save_checkpoint
 from engine.datasets import Clip
-from engine.frames import duration
 from engine.library import Library, overall
 from engine.scoring import noise_bank, scores
 from evaluate import scores_literal
-from search import (
-    CheckConfig,
-    IndexConfig,
-    QueryConfig,
-    SearchConfig,
-    Searcher,
-    Source,
-    read_clip,
-    recall,
-    spans,
-)
+from search import CheckConfig, IndexConfig, QueryConfig, SearchConfig, Searcher, read_clip, recall
 
 FRAMES, CLIPS = test_library.FRAMES, 7
 NAMES = [
@@ -89,12 +78,11 @@ def folder(tmp_path, rendered) -> Path:
 def index(folder, checkpoint, tmp_path, capsys):
     """Runs index with some options; returns what it prints."""
 
-    def run(**options) -> str:
+    def run(code: int = 0, **options) -> str:
         own = {"library": str(tmp_path / "library.db"), "checkpoint": checkpoint, "batch": 3} | options
-        code = search.index(IndexConfig(folder, **own))
-        out = capsys.readouterr().out
-        assert code == (1 if ": 0 clips" in out else 0)
-        return out
+        ended, output = search.index(IndexConfig(folder, **own)), capsys.readouterr()
+        assert ended == code
+        return output.out + output.err
 
     return run
 
@@ -118,7 +106,7 @@ def searching(library: str, **options) -> Searcher:
 def test_a_library_holds_each_file_under_its_own_name_with_the_features_of_its_own_frames(
     indexed, checkpoint
 ):
-    library, (model, _) = Library(indexed[0]), Source(str(checkpoint)).open(torch.device("cpu"))
+    library, (model, _) = Library(indexed[0]), search.Source(str(checkpoint)).open(torch.device("cpu"))
     assert {name for name, _ in contents(library)} == {*NAMES}
     for name in NAMES:
         (row,), frames = library.clips_of(name)
@@ -162,7 +150,7 @@ def test_index_continues_after_it_was_stopped_at_any_step(
         with pytest.raises(KeyboardInterrupt):
             index()
     library = Library(str(tmp_path / "library.db"))
-    unfinished = [name for name, row in library.files().items() if not row["source"]]
+    unfinished = [name for name, row in library.files().items() if not row["stamp"]]
     assert len(unfinished) == (0 if step == "begin" else 3)
     assert (
         f"; {CLIPS - 3 - len(unfinished)} new, {len(unfinished)} read again, 0 removed, 3 unchanged"
@@ -203,26 +191,137 @@ def test_broken_files_are_listed_and_read_again_when_they_change_or_when_asked(i
 def test_a_folder_of_broken_files_makes_an_empty_library_that_says_so(index, folder, tmp_path):
     for name in NAMES:
         (folder / name).write_bytes(b"")
-    assert f": 0 clips of {CLIPS} files" in index()
+    assert f": 0 clips of {CLIPS} files" in index(code=1)
     searcher = searching(str(tmp_path / "library.db"))
     assert "holds no clip: index a folder of videos first" in sentence(searcher.search, "a ring")
     assert "holds no clip" in sentence(recall, searcher, ["a ring"], [1])
 
 
-def test_a_name_that_is_not_utf8_is_listed_as_broken(index, folder, rendered):
+def test_a_name_that_is_not_utf8_is_indexed_and_printed(index, folder, tmp_path, rendered, capsys):
     try:
         shutil.copy(rendered[0], os.fsencode(folder) + b"/caf\xe9.mp4")
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
-    out = index()
-    assert f"{CLIPS} clips of {CLIPS + 1} files" in out
-    assert re.search(r"^broken: .*caf\\xe9.mp4' is a file name that is not UTF-8", out, re.M)
+    assert f"{CLIPS + 1} clips of {CLIPS + 1} files" in index()
+    search.query(QueryConfig(str(tmp_path / "library.db"), text="a ring", k=9))
+    assert "caf?.mp4" in capsys.readouterr().out
+
+
+def reindex(index, code: int, **options) -> tuple[str, list[str]]:
+    """The summary and the other lines of an index run that ends with `code`."""
+    out = index(code=code, **options)
+    return re.search(r"^.*clips of.*$", out, re.M)[0], [
+        line for line in out.splitlines() if "clips of" not in line
+    ]
+
+
+def test_what_cannot_be_reached_is_kept_with_a_warning_until_it_is_really_gone(
+    index, folder, tmp_path, monkeypatch
+):
+    disk = folder / "deep"
+    index()
+    real = os.scandir
+
+    def refuse(path):
+        if os.fspath(path) == str(disk / "er"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    unchanged = f"0 new, 0 read again, 0 removed, {CLIPS - 1} unchanged, 0 broken, 1 kept"
+    kept = f"{CLIPS} clips of {CLIPS} files; {unchanged}"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        summary, lines = reindex(index, 1)
+    reason = f"{disk / 'er'} cannot be read (Permission denied)"
+    assert kept in summary and f"warning: {reason}: 1 files of the library are kept." in lines
+    away = disk.rename(tmp_path / "disk")
+    disk.symlink_to(away)
+    assert "0 removed" in reindex(index, 0)[0]  # the same files, through a link
+    away.rename(tmp_path / "unplugged")
+    summary, lines = reindex(index, 1)
+    assert kept in summary and any(
+        "which is not there: 1 files of the library are kept" in line for line in lines
+    )
+    disk.unlink()
+    assert f"{CLIPS - 1} clips of {CLIPS - 1} files; 0 new, 0 read again, 1 removed" in reindex(index, 0)[0]
+
+
+def test_a_broken_link_stops_no_update(index, folder):
+    (folder / "broken.mp4").symlink_to("nothing")
+    summary, lines = reindex(index, 0)
+    assert f"{CLIPS} clips of {CLIPS} files; {CLIPS} new" in summary
+    assert (
+        f"warning: {folder / 'broken.mp4'} is a link to nothing, which is not there: it is passed over."
+        in lines
+    )
+
+
+def test_what_is_in_the_trash_is_found_no_more(index, folder, tmp_path, rendered):
+    for name in (".Trash-1000/files/d.mp4", "#recycle/e.mp4"):
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copy(rendered[-1], folder / name)
+    left_out = "left out: 2 videos in hidden, trash or thumbnail folders (--hidden takes them)"
+    assert f"{CLIPS + 2} clips" in reindex(index, 0, hidden=True)[0]  # as libraries were made before
+    summary, lines = reindex(index, 0)
+    assert f"{CLIPS} clips of {CLIPS} files; 0 new, 0 read again, 2 removed" in summary and left_out in lines
+    assert {name for name, _ in contents(Library(str(tmp_path / "library.db")))} == {*NAMES}
+
+
+def test_the_last_video_is_removed_from_a_library_too(index, folder, tmp_path):
+    index()
+    for name in NAMES:
+        (folder / name).unlink()
+    library = Library(str(tmp_path / "library.db"))
+    library.finish({NAMES[0]: library.files()[NAMES[0]] | {"mount": None}})  # as in an older library
+    summary, _ = reindex(index, 1)
+    assert (
+        f"1 clips of 1 files; 0 new, 0 read again, {CLIPS - 1} removed, 0 unchanged, 0 broken, 1 kept"
+        in summary
+    )
+    library.finish({NAMES[0]: library.files()[NAMES[0]] | {"mount": "/"}})
+    assert ": 0 clips of 0 files" in reindex(index, 1)[0]
+
+
+def test_an_older_library_is_continued(index, folder, tmp_path):
+    index()
+    library = Library(str(tmp_path / "library.db"))
+    for file, row in library.files().items():
+        library.finish({file: {"source": row["stamp"], "clips": row["clips"], "error": row["error"]}})
+    assert f"0 new, 0 read again, 0 removed, {CLIPS} unchanged" in index()
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_tried_again(index, folder, tmp_path, monkeypatch):
+    real = search.read_clip
+
+    def vanish(clip, *sizes):
+        if clip.path.name == "b.mp4":
+            clip.path.unlink()
+        return real(clip, *sizes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "read_clip", vanish)
+        assert f"{CLIPS - 1} clips of {CLIPS} files" in index()
+    assert Library(str(tmp_path / "library.db")).files()["b.mp4"]["stamp"] == ""
+    shutil.copy(folder / "c d.mp4", folder / "b.mp4")
+    assert f"{CLIPS} clips of {CLIPS} files; 0 new, 1 read again" in index()
+
+
+def test_features_that_are_not_finite_end_the_run_and_keep_what_was_indexed(index, tmp_path, monkeypatch):
+    real, calls = search.encode, []
+
+    def damaged(model, images):
+        calls.append(len(images))
+        return real(model, images) * (float("nan") if len(calls) > 1 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "encode", damaged)
+        assert "features that are not finite numbers" in sentence(index)
+    library = Library(str(tmp_path / "library.db"))
+    assert len(library) == 3 and all(torch.isfinite(frames).all() for _, frames in library.batches())
+    assert f"{CLIPS - 3 - 3} new, 3 read again, 0 removed, 3 unchanged" in index()
 
 
 def test_windows_divide_a_file_and_are_kept_until_others_are_asked_for(index, folder, tmp_path, rendered):
-    assert abs(duration(rendered[0]) - shapes.FRAMES / shapes.FPS) < 2 / shapes.FPS
-    assert spans(rendered[0], "window 1") == [(0.0, 1.0), (1.0, 2.0), (2.0, None)]
-    assert spans(rendered[0], "window 60") == spans(rendered[0], "whole") == [(0.0, None)]
     assert f"{3 * CLIPS} clips of {CLIPS} files" in index(window=1.0)
     assert f"0 read again, 0 removed, {CLIPS} unchanged" in index()
     rows, frames = Library(str(tmp_path / "library.db")).clips_of("b.mp4")
@@ -231,18 +330,6 @@ def test_windows_divide_a_file_and_are_kept_until_others_are_asked_for(index, fo
     assert f"{CLIPS} clips of {CLIPS} files; 0 new, {CLIPS} read again" in index(window=0.0)
     assert "not beside --scenes" in sentence(index, window=1.0, scenes=True)
     assert "0 or more" in sentence(index, window=-1.0)
-
-
-def test_scenes_begin_where_the_picture_changes(tmp_path):
-    pytest.importorskip("scenedetect", reason="pip install -r requirements-search.txt")
-    sources = [f"color={colour}:size=64x64:rate=25:duration={s}" for colour, s in [("red", 2), ("blue", 3)]]
-    colours = [ffmpeg.input(source, f="lavfi") for source in sources]
-    film = str(tmp_path / "film.mkv")
-    ffmpeg.concat(*colours).output(film).run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
-    assert spans(tmp_path / "film.mkv", "scenes") == [(0.0, 2.0), (2.0, None)]
-    assert spans(tmp_path / "film.mkv", "window 2") == [(0.0, 2.0), (2.0, None)]
-    (tmp_path / "bad.mkv").write_bytes(b"bad")
-    assert "holds no readable video" in sentence(spans, tmp_path / "bad.mkv", "scenes")
 
 
 def test_a_library_belongs_to_one_folder_and_one_model(index, folder, checkpoint, tmp_path):
@@ -265,17 +352,53 @@ def test_bad_input_gives_one_sentence(tmp_path, folder, checkpoint, monkeypatch)
     db = str(tmp_path / "x.db")
     assert "holds no video" in sentence(search.index, IndexConfig(tmp_path / "none", db, checkpoint))
     assert "is not a folder" in sentence(search.index, IndexConfig(tmp_path / "missing", db, checkpoint))
-    assert "is random without --weights" in sentence(search.index, IndexConfig(folder, db, arch="tiny"))
     assert not Path(db).exists() or not Library(db, create=True).about
     assert "not found: create it" in sentence(
         search.query, QueryConfig(str(tmp_path / "y.db"), text="a ring")
     )
     assert "the query is empty" in sentence(search.query, QueryConfig(text="  "))
-    assert "1 or more" in sentence(search.query, QueryConfig(text="a ring", k=0))
-    assert "--shortlist must be 1 or more" in sentence(searching, db, shortlist=0)
-    assert "--queries must be 1 or more" in sentence(search.check, CheckConfig(db, queries=0))
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/ffmpeg")
     assert "no working ffmpeg" in sentence(search.index, IndexConfig(folder, db, checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "message"),
+    [
+        (search.query, QueryConfig("x.db", text="a ring", k=0), "-k must be 1 or more."),
+        (search.query, QueryConfig("x.db", text="a ring", M=-1), "--M must be 0 or more, at most 10000."),
+        (search.query, QueryConfig("x.db", text="a ring", M=10**9), "--M must be 0 or more, at most 10000."),
+        (search.check, CheckConfig("x.db", shortlist=0), "--shortlist must be 1 or more."),
+        (search.check, CheckConfig("x.db", queries=0), "--queries must be 1 or more."),
+        (search.serve, search.ServeConfig("x.db", port=99_999), "--port must be 0 or more, at most 65535."),
+        (search.serve, search.ServeConfig("x.db", seed=-1), "--seed must be 0 or more"),
+        (search.index, IndexConfig(Path("x"), batch=0), "--batch must be 1 or more, at most 10000."),
+        (search.index, IndexConfig(Path("x"), batch=-1), "--batch must be 1 or more, at most 10000."),
+        (
+            search.index,
+            IndexConfig(Path("x"), num_frames=10**9),
+            "--num-frames must be 1 or more, at most 1000.",
+        ),
+    ],
+)
+def test_a_number_out_of_range_gives_one_sentence(command, config, message):
+    assert message in sentence(command, config)
+
+
+def test_a_terminal_that_is_not_utf8_shows_every_name(indexed, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as ended:
+        search.main(["query", "a ring", "--library", indexed[0], "-k", str(CLIPS)])
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert ended.value.code == 0 and NAMES[1].encode("ascii", "backslashreplace").decode() in shown
+
+
+def test_an_error_of_the_operating_system_gives_one_sentence(indexed, monkeypatch):
+    monkeypatch.setattr(search, "Searcher", lambda _: open("/no/such/file"))
+    with pytest.raises(SystemExit) as ended:
+        search.main(["query", "a ring"])
+    assert ended.value.code == "error: /no/such/file cannot be used (No such file or directory)."
 
 
 def test_a_library_that_another_process_has_open_is_refused_in_one_sentence(indexed):
@@ -299,6 +422,23 @@ def test_the_command_line_takes_its_flags_in_any_order_and_ends_with_one_sentenc
 
 
 # ---- query
+
+
+@pytest.mark.parametrize("part", ["text", "frames"])
+def test_scores_that_are_not_finite_are_refused(part, indexed, monkeypatch):
+    searcher = searching(indexed[0])
+    if part == "text":
+        real = searcher.model.encode_text
+        monkeypatch.setattr(searcher.model, "encode_text", lambda tokens: real(tokens) * float("nan"))
+    else:
+        searcher.whole[1][3] = float("inf")  # as an older version stored them
+    assert "are not finite numbers: its weights are damaged" in sentence(searcher.search, "a ring")
+
+
+def test_a_query_that_is_too_long_gives_one_sentence(indexed):
+    searcher, query = searching(indexed[0]), "x" * 100_000  # its tokens would take minutes
+    assert "has 100000 characters: use at most 2000" in sentence(searcher.search, query)
+    assert len(searcher.notes(query)) == 1
 
 
 def test_scores_of_the_library_are_those_of_evaluate(indexed, checkpoint, M=5):
@@ -414,6 +554,15 @@ def test_captions_of_a_clip_rank_by_the_same_score_for_files_in_and_out_of_the_l
     assert "neither a file of" in sentence(search.query, QueryConfig(indexed[0], video="no.mp4"))
     missing = QueryConfig(indexed[0], video=NAMES[0], captions=tmp_path / "no.txt")
     assert "one caption per line" in sentence(search.query, missing)
+
+
+def test_a_file_is_found_by_its_name_in_either_normal_form_of_unicode(index, folder, tmp_path, capsys):
+    names = [unicodedata.normalize(form, "café.mp4") for form in ("NFC", "NFD")]
+    (folder / "b.mp4").rename(folder / names[1])
+    index()
+    for name in names:
+        search.query(QueryConfig(str(tmp_path / "library.db"), video=name, k=1))
+        assert name in capsys.readouterr().out
 
 
 # ---- check
