@@ -15,7 +15,6 @@ import collections
 import contextlib
 import functools
 import inspect
-import io
 import itertools
 import json
 import math
@@ -516,12 +515,6 @@ def serve(config: ServeConfig) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Wrong input ends it with one sentence and exit code 1."""
     commands = {"index": index, "query": query, "check": check, "serve": serve}
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal that is not UTF-8 shows the other characters as \u....
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     cli = functools.partial(tyro.extras.subcommand_cli_from_dict, config=(tyro.conf.OmitArgPrefixes,))
     try:
         sys.exit(cli(commands, args=arguments, description=__doc__))

@@ -66,7 +66,7 @@ def fill(where: str, clips: int, dim: int, frames: int, folder: str) -> float:
     library, source = Library(where, create=True), {"checkpoint": str(checkpoint)}
     about = {"folder": folder, "source": source, "model": identity(model), "cut": "whole", "dim": dim}
     library.describe(about)
-    library.finish({"synthetic.mp4": {"source": "none", "clips": clips, "error": None}})
+    library.finish({"synthetic.mp4": {"stamp": "none", "clips": clips, "error": None}})
     key, seconds = library.key("synthetic.mp4"), 0.0
     for first in range(0, clips, 1000):
         ids = [(f"{key}-{n}", float(n), float(n + 1)) for n in range(first, min(first + 1000, clips))]

@@ -1,1 +1,7 @@
-"""What the stage files stand on: one subject a file, each readable alone (see the file map in the README)."""
+"""What the stage files stand on, one subject a file."""
+
+import sys
+
+for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its escape
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")

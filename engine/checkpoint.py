@@ -6,17 +6,23 @@
     model_best.pth        {"epoch", "state_dict", "optimizer"}             the released T-MASS and X-Pool code
 
 "model" is the state dict of TMASS, "arguments" are its arguments, "config" is the config it was trained with.
-A file loads strictly, all sizes are read from it, and no code in it is run."""
+A file loads strictly, all sizes are read from it, and no code in it is run. A checksum reveals damage: torch
+stores one of each part of a .pt file, config.json has one of itself and the weights. Old files have none."""
 
 import json
+import zlib
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import get_args
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.backbone import MISMATCH, clip_sizes, first_line, import_clip, load_file, with_movable_mask
-from engine.config import METHODS, Config, changes, upgrade_config
+from engine import backbone
+from engine.backbone import MISMATCH, clip_sizes, first_line, import_clip, laid_out, load_file
+from engine.config import METHODS, RANGES, Config, changes, plain, upgrade_config
 from engine.files import ModelError, write_atomic, writing
 from model import TMASS
 
@@ -36,25 +42,24 @@ def save_checkpoint(path: Path | str, model: TMASS, **more) -> None:
 def save_pretrained(model: TMASS, folder: Path | str, **more) -> None:
     """Writes model.safetensors, and config.json with the arguments of TMASS and `more` (plain values).
 
-    Raises ModelError if they cannot be written or safetensors is not installed."""
-    safetensors = import_safetensors()
+    Raises ModelError if they cannot be written."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    config = json.dumps({"model_type": "tmass", "arguments": model.arguments, **more}, indent=2) + "\n"
-    for name, content in (
-        ("config.json", config.encode()),
-        ("model.safetensors", safetensors.torch.save(state)),
-    ):
+    weights = safetensors.torch.save(state)
+    config = json.loads(json.dumps({"model_type": "tmass", "arguments": model.arguments, **more}))
+    config["checksum"] = checksum(config, [weights])
+    text = json.dumps(config, indent=2) + "\n"
+    # The large file first: if the disk is full, the older pair is unchanged.
+    for name, content in (("model.safetensors", weights), ("config.json", text.encode())):
         with writing(Path(folder) / name, ModelError, NO_SPACE):
             write_atomic(Path(folder) / name, content)
 
 
-def import_safetensors() -> ModuleType:
-    """Imports safetensors and returns it. Raises ModelError if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ModelError("safetensors is not installed: pip install safetensors.") from None
-    return safetensors
+def checksum(config: dict, weights: Iterable[bytes]) -> str:
+    """Returns the CRC-32 of a config, which JSON gave, and of the bytes of its weights: eight hex digits."""
+    crc = zlib.crc32(json.dumps(config, sort_keys=True).encode())
+    for part in weights:
+        crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
 
 
 # ---------------------------------------------------------------------------------------------------- opening
@@ -71,7 +76,7 @@ def open_checkpoint(path: Path) -> tuple[TMASS, dict, Path]:
         advice = "train first (python train.py), or name a run or checkpoint by --checkpoint"
         raise ModelError(f"{file} not found: {advice}.")
     content = read_checkpoint(file)
-    config = {"released": True} if is_released(content) else upgrade_config(content.get("config", {}))
+    config = {"released": True} if is_released(content) else recorded_config(content, file)
     return build_from_checkpoint(content, file), config, file
 
 
@@ -99,24 +104,38 @@ def read_checkpoint(path: Path | str) -> dict:
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return load_file(path)
-    config, safetensors = path.with_name("config.json"), import_safetensors()
+    config = path.with_name("config.json")
     if not config.is_file():
         raise ModelError(f"{config} not found: it belongs beside {path.name} (save_pretrained writes both).")
     try:
-        return {**json.loads(config.read_text()), "model": safetensors.torch.load_file(path)}
-    except (ValueError, OSError, TypeError, safetensors.SafetensorError):
-        raise ModelError(f"{path} or its config.json is damaged: copy them again.") from None
+        content = json.loads(config.read_text(encoding="utf-8"))
+        expected = content.pop("checksum", None)
+        with path.open("rb") as file:  # a folder of an earlier version has no checksum
+            damaged = expected and expected != checksum(content, iter(partial(file.read, 2**20), b""))
+    except (ValueError, OSError, TypeError, AttributeError, RecursionError):
+        damaged = True
+    if damaged:
+        advice = 'copy both again; if you changed config.json, remove its "checksum"'
+        raise ModelError(f"{path} or its config.json is damaged: {advice}.")
+    return {**content, "model": load_file(path)}
 
 
 def build_from_checkpoint(content: dict, path: Path | str) -> TMASS:
     """Returns the model of a file's content, on the CPU, in eval mode. Raises ModelError, naming `path`."""
     try:
-        content = upgrade(from_released(content["state_dict"]) if is_released(content) else content)
-        state, arguments = content["model"], content["arguments"]
+        if is_released(content):
+            mark = f"clip.{backbone.HUGGING_FACE_MARK}"
+            content = from_released(backbone.plain_names(content["state_dict"], mark))
+        if missing := [name for name in ("model", "arguments") if not isinstance(content.get(name), dict)]:
+            raise ValueError(f'it holds no dict "{missing[0]}"')
+        arguments = upgrade(content)["arguments"]
+        state = backbone.plain_names(content["model"], "clip.ln_final.weight")
+        backbone.check_weights(state, path)
         names = {name: name.removeprefix("clip.") for name in state if name.startswith("clip.")}
         sizes = clip_sizes({short: state[name] for name, short in names.items()})
-        clip = with_movable_mask(import_clip().model.CLIP(**sizes))
+        clip = laid_out(import_clip().model.CLIP(**sizes))
         try:
+            check_arguments(arguments)
             model = TMASS(clip, **arguments)
         except ValueError as error:  # an unknown psi or R: the sentence of model.py says what to do
             raise ModelError(f"{path} cannot be opened: {error}") from None
@@ -127,6 +146,37 @@ def build_from_checkpoint(content: dict, path: Path | str) -> TMASS:
         advice = "name a last.pt or best.pt of it, or a released checkpoint of T-MASS or X-Pool"
         raise ModelError(f"{path} is not a checkpoint of train.py ({first_line(error)}): {advice}.") from None
     return model.float().eval()
+
+
+def check_arguments(arguments: dict) -> None:
+    """Raises ValueError for a number of TMASS's arguments that its flag does not allow."""
+    for name in ("num_frames", "heads", "dropout", "initial_radius"):
+        if not allowed(name, arguments.get(name, 1)):
+            raise ValueError(f"its {name} is {arguments[name]!r:.40}; name another file.")
+
+
+def recorded_config(content: dict, path: Path) -> dict:
+    """Returns the config in a checkpoint, {} if it holds none. Raises ModelError for one that is none."""
+    config = content.get("config", {})
+    wrong = [] if isinstance(config, dict) else [f"a {type(config).__name__}, not a dict"]
+    for name, value in () if wrong else config.items():
+        if not isinstance(name, str) or (value is not None and not allowed(name, value)):
+            wrong.append(f"{name!s:.40} is {value!r:.40}")
+    if wrong:
+        what = f"{path} holds a config that train.py does not write ({wrong[0]})"
+        raise ModelError(f"{what}: name another checkpoint.")
+    return upgrade_config(config)
+
+
+def allowed(name: str, value: object) -> bool:
+    """Whether a flag of train.py can have a value. Of other names, any string or number."""
+    kind = Config.__annotations__.get(name)
+    if name in RANGES:
+        low, high = RANGES[name]
+        return isinstance(value, int if kind in (int, int | None) else int | float) and low <= value <= high
+    if name in ("method", "prior"):
+        return value in get_args(kind)
+    return isinstance(value, str | int | float if kind in (None, bool) else str)
 
 
 def upgrade(content: dict) -> dict:
@@ -148,7 +198,7 @@ def is_released(content: dict) -> bool:
     return isinstance(content.get("state_dict"), dict) and "model" not in content
 
 
-# Names in released checkpoints (those of CLIP are Hugging Face's) and names here. Replaced in this order.
+# Names in released checkpoints and here; those of CLIP are Hugging Face's. Replaced in this order.
 RELEASED = {
     "pool_frames.cross_attn.q_proj": "fusion.query",
     "pool_frames.cross_attn.k_proj": "fusion.key",
@@ -157,22 +207,6 @@ RELEASED = {
     "pool_frames.linear_proj": "fusion.linear",
     "pool_frames.layer_norm": "fusion.norm",
     "stochastic.std_branch.linear_proj": "radius.linear",
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm": "ln_final",
-    "text_model.encoder.layers": "transformer.resblocks",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding": "visual.conv1",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm": "visual.ln_pre",
-    "vision_model.post_layernorm": "visual.ln_post",
-    "vision_model.encoder.layers": "visual.transformer.resblocks",
-    "layer_norm": "ln_",
-    "self_attn.": "attn.",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "text_projection.weight": "text_projection",
-    "visual_projection.weight": "visual.proj",
 }
 
 
@@ -188,18 +222,16 @@ def from_released(state: dict[str, Tensor]) -> dict:
     Left out: position_ids, which are constants, and learnable_scalar, which the released code never uses.
     Without `stochastic` the file is X-Pool's, with 12 frames (the default). The file does not tell the noise
     of training: U(0, 1) by default, N(0, 0.003^2) for LSMDC. Raises KeyError for other models."""
-    names = {}
+    clip = {name.removeprefix("clip."): x for name, x in state.items() if name.startswith("clip.")}
+    names = {f"clip.{name}": value for name, value in backbone.from_hugging_face(clip).items()}
     for name, value in state.items():
         new = name
         for released, ours in RELEASED.items():
             new = new.replace(released, ours)
-        if not name.endswith((".position_ids", ".learnable_scalar")):
-            names[new] = value.T if "projection.weight" in name else value
+        if not name.startswith("clip.") and not name.endswith(".learnable_scalar"):
+            names[new] = value
     if "fusion.query.weight" not in names:
         raise KeyError("neither T-MASS nor X-Pool: no pool_frames in it")
-    for name in [name for name in names if ".attn.q_proj." in name]:
-        qkv = [names.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        names[name.replace("q_proj.", "in_proj_")] = torch.cat(qkv)
     mass = any(name.startswith("stochastic.") for name in state)
     frames = names["radius.linear.weight"].shape[1] if mass else 12
     arguments = dict(fusion="xpool", radius="linear" if mass else "none", num_frames=frames)
@@ -209,21 +241,40 @@ def from_released(state: dict[str, Tensor]) -> dict:
 # ----------------------------------------------------------------------------------------------------- resume
 
 
+OTHER_TINY = f"was trained from another tiny CLIP than {backbone.TINY_FILE.name}, such as that of version 0.1"
+
+
+def to_record(config: Config) -> dict:
+    """The config as checkpoints hold it: plain values, and for the tiny CLIP which one it was."""
+    tiny = {"tiny_clip": backbone.tiny_mark()} if config.arch == "tiny" and config.weights is None else {}
+    return {**plain(config), **tiny}
+
+
+def other_tiny_clip(config: dict) -> bool:
+    """Whether a recorded config started from a tiny CLIP that is not the one in TINY_FILE."""
+    tiny = config.get("arch") == "tiny" and config.get("weights") is None
+    return tiny and config.get("tiny_clip") != backbone.tiny_mark()
+
+
 def load_state(path: Path, config: Config, fingerprint: str) -> dict:
     """Returns the content of last.pt, to resume from. Raises ModelError if flags or data have changed.
 
     fingerprint: a hash of the training and validation clips. Flags in engine.config.FREE may differ."""
     state = load_file(path)
-    if "optimizer" not in state or "config" not in state:
+    if not all(isinstance(state.get(name), dict) for name in ("model", "optimizer")) or "config" not in state:
         raise ModelError(f"{path} is not a last.pt of train.py: nothing to resume from; name another --out.")
-    changed, recipe = changes(config, state["config"]), state["config"].get("recipe", "paper")
+    backbone.check_weights(state["model"], path)
+    recorded = recorded_config(state, path)
+    if other_tiny_clip(recorded):
+        raise ModelError(f"{path} {OTHER_TINY}: remove the run, or name another --out.")
+    changed, recipe = changes(config, recorded), recorded.get("recipe", "paper")
     if changed and recipe != config.recipe:
         changed = [f"--recipe {recipe}, not {config.recipe}"]
     advice = "or name another --out"
     if changed:
         what = f"was made with another config ({', '.join(changed)})"
         raise ModelError(f"{path} {what}: resume with the same flags, {advice}.")
-    if state["data"] != fingerprint:
+    if state.get("data") != fingerprint:
         what = "was trained on other clips or captions"
         raise ModelError(f"{path} {what}: resume with the same data, {advice}.")
     return state

@@ -4,6 +4,8 @@ Without torchrun this process is rank 0 of 1: gathering returns its input, and w
 """
 
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,23 +16,41 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from engine.files import DataError, ModelError
 
 T = TypeVar("T")
 
+# Errors that torch raises for a device that it does not know, was not built for, or cannot reach.
+NO_DEVICE = (RuntimeError, AssertionError, ImportError, AttributeError, ValueError, TypeError, OSError)
+# Parts of the messages for a worker that was killed, or lacks memory, /dev/shm or open files.
+WORKER_FAILED = [
+    "exited unexpectedly", "killed by signal", "No space left on device", "shared memory", "ancdata",
+    "unable to mmap", "unable to write", "unable to open", "Cannot allocate memory", "Too many open files",
+    "Resource temporarily unavailable",
+]  # fmt: skip
+
 
 def choose_device(name: str) -> torch.device:
-    """The device of --device; auto: CUDA if available, else the CPU. Raises ModelError for an unknown one."""
+    """The device of --device; auto: CUDA if available, else the CPU. Raises ModelError for one that fails.
+
+    The device is tried with one number, so the error comes before the work."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        advice = "leave the flag out to use the CPU"
-        raise ModelError(f"--device {name}: torch finds no CUDA device on this machine; {advice}.")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"--device {name}: not a device; choose auto, cpu or cuda.") from None
+        device = torch.device(name)
+        (torch.zeros(1, device=device) + 1).item()
+    except NO_DEVICE as error:
+        what = f"--device {name}: torch cannot compute there ({_first_line(error):.100})"
+        raise ModelError(f"{what}; choose {', '.join(['auto', 'cpu', *_present()])}.") from None
+    return device
+
+
+def _present() -> list[str]:
+    """The kinds of GPU that torch finds on this machine."""
+    found = {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}
+    return [name for name, module in found.items() if module.is_available()]
 
 
 def init_distributed(device: str) -> None:
@@ -39,14 +59,36 @@ def init_distributed(device: str) -> None:
     Does nothing without torchrun."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
-    cuda, local = choose_device(device).type == "cuda", int(os.environ["LOCAL_RANK"])
-    if cuda and local >= (gpus := torch.cuda.device_count()):
-        advice = "lower --nproc-per-node"
-        raise ModelError(f"this machine has {gpus} GPUs and torchrun started more processes: {advice}.")
-    if cuda:
-        torch.cuda.set_device(local)
-    # The long timeout lets ranks wait while the first one decodes videos.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    advice = "start several processes by torchrun, or unset WORLD_SIZE for one"
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise ModelError(f"WORLD_SIZE is set, but {missing[0]} is empty or not set: {advice}.")
+    if device not in ("auto", "cpu", "cuda"):
+        which = "choose cpu, or cuda, which gives each process its own GPU"
+        raise ModelError(f"--device {device} is for one process: under torchrun {which}.")
+    try:
+        world, rank, local = (int(os.environ[name]) for name in names[:3])
+        if not 0 <= rank < world:
+            raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}")
+        gpus = 0 if device == "cpu" else torch.cuda.device_count()
+        if 0 < gpus <= local:
+            what = f"this machine has {gpus} GPUs and torchrun started more processes"
+            raise ModelError(f"{what}: lower --nproc-per-node.")
+        if gpus:
+            torch.cuda.set_device(local)  # before anything is put on a GPU
+        cuda = choose_device(device).type == "cuda"
+        # The long timeout lets ranks wait while the first one decodes videos.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    except ModelError:
+        raise
+    except (ValueError, RuntimeError) as error:  # such as a port in use, or a rank that is no number
+        raise ModelError(
+            f"the processes could not be joined ({_first_line(error):.150}): {advice}."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -128,7 +170,7 @@ def barrier() -> None:
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
     """The first process of each machine runs the block before the others, which then find its files."""
-    first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
+    first = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         barrier()
     try:
@@ -161,3 +203,31 @@ def any_rank(flag: bool, device: torch.device) -> bool:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         flag = bool(flags)
     return flag
+
+
+# ---- the processes that load batches
+
+
+def loaded(loader: DataLoader) -> Iterator:
+    """The batches of a DataLoader. Raises DataError if its workers were killed or lack a resource."""
+    try:
+        yield from loader
+    except (RuntimeError, OSError, EOFError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if any(part in line for part in WORKER_FAILED)), "")
+        in_a_worker = str(error).startswith("Caught ")  # an error of the data, unless it names a resource
+        of_workers = isinstance(error, OSError | EOFError) and not in_a_worker
+        if loader.num_workers == 0 or not (reason or of_workers):
+            raise
+        _forget(error)
+        what = f"a process that loads batches failed ({reason or _first_line(error):.150})"
+        why = f"memory, or shared memory (/dev/shm), is too small for {loader.num_workers} of them"
+        advice = "use --workers 0 or fewer, or give a container more (docker run --shm-size 8g)"
+        raise DataError(f"{what}: {why}; {advice}.") from None
+
+
+def _forget(error: Exception) -> None:
+    """Deletes a DataLoader's iterator that failed while it was built: torch then prints an AttributeError."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    traceback.clear_frames(error.__traceback__)
+    sys.unraisablehook = hook

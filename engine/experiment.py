@@ -3,26 +3,31 @@
 Only rank 0 writes.
 """
 
+import fcntl
 import hashlib
+import itertools
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from engine.checkpoint import load_state, save_checkpoint
-from engine.config import Config, plain
+from engine.checkpoint import load_state, save_checkpoint, to_record
+from engine.config import Config
 from engine.datasets import Clip
 from engine.distributed import any_rank, from_rank_zero, rank_and_world
-from engine.files import ModelError, write_atomic, writing
+from engine.files import ModelError, remove_leftovers, write_atomic, writing
 from engine.plots import plot_losses
 from model import TMASS
 
@@ -39,22 +44,69 @@ def run_folder(config: Config) -> Path:
     return Path("runs") / re.sub(r"[^a-z0-9-]+", "", f"{config.dataset}-{arch}-{config.method}".lower())
 
 
-def open_run(config: Config) -> Path:
+def open_run(config: Config) -> tuple[Path, "Claim"]:
     """Creates the folder to write to: --out, or a new one under runs/. Never overwrites a run.
 
-    Raises ModelError if --out holds a run and --resume is not given, or if the folder cannot be created."""
-    out = config.out or run_folder(config)
-    if (out / "metrics.jsonl").exists() and not config.resume:
-        if config.out:
-            advice = "add --resume to continue it, or name another folder by --out"
-            raise ModelError(f"{out} holds a run: {advice}.")
-        number = 2
-        while (out.parent / f"{out.name}-{number}").exists():
-            number += 1
-        out = out.parent / f"{out.name}-{number}"
-    with writing(out, ModelError, ADVICE):
-        out.mkdir(parents=True, exist_ok=True)
-    return out
+    Returns the folder and this process's claim to it; other processes take another one. Raises ModelError if
+    --out holds a run and --resume is not given, if another process is training there, or if the folder cannot
+    be created."""
+    first = config.out or run_folder(config)
+    for number in itertools.count(1):
+        out = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        if number > 1 and out.exists():
+            continue
+        with writing(out, ModelError, ADVICE):
+            out.mkdir(parents=True, exist_ok=True)
+            claim = Claim.of(out)
+        if claim and (config.resume or not (out / "metrics.jsonl").exists()):
+            remove_leftovers(out)
+            return out, claim
+        if config.out or config.resume:
+            what = f"{out} holds a run: add --resume to continue it"
+            what = what if claim else f"another process is training in {out}: wait for its end"
+            raise ModelError(f"{what}, or name another folder by --out.")
+    raise AssertionError("the numbers do not end")
+
+
+class Claim:
+    """An exclusive lock on a folder, held by this process until no Run uses it or the process ends."""
+
+    held: ClassVar = weakref.WeakValueDictionary()
+
+    @classmethod
+    def of(cls, folder: Path) -> "Claim | None":
+        """The claim of this process to a folder, one for all its Runs; None if another process has one."""
+        folder = folder.resolve()
+        try:
+            cls.held[folder] = claim = cls.held.get(folder) or cls(folder)
+        except BlockingIOError:
+            return None
+        return claim
+
+    def __init__(self, folder: Path):
+        self.handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
+
+    def close(self) -> None:
+        """Releases the folder."""
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle is not None:
+            os.close(handle)
+
+    __del__ = close
+
+
+def _close_claims() -> None:
+    for claim in Claim.held.values():
+        claim.close()
+
+
+os.register_at_fork(after_in_child=_close_claims)  # a worker that outlives a killed run must not hold it
 
 
 def finished(out: Path) -> bool:
@@ -68,11 +120,15 @@ class Run:
     clips, val_clips: the clips in use. skipped: the clips that cannot be read, each with the reason."""
 
     def __init__(self, config: Config, clips: list[Clip], val_clips: list[Clip], skipped: dict[str, str]):
-        self.config, self.out = config, from_rank_zero(lambda: open_run(config))
+        self.config, self.out = config, from_rank_zero(lambda: self._open(config))
         self.clips, self.val_clips, self.skipped = clips, val_clips, skipped
         captions = [(clip.id, clip.captions) for clip in [*clips, *val_clips]]
         fingerprint = hashlib.sha256(repr(captions).encode()).hexdigest()
-        self.about = dict(config=plain(config), data=fingerprint, commit=git_commit())
+        self.about = dict(config=to_record(config), data=fingerprint, commit=git_commit())
+
+    def _open(self, config: Config) -> Path:
+        out, self.claim = open_run(config)
+        return out
 
     def last_state(self) -> dict | None:
         """The content of last.pt to resume from; None without --resume or last.pt. Raises ModelError."""
@@ -81,12 +137,13 @@ class Run:
             return None
         return load_state(path, self.config, self.about["data"])
 
-    def start(self, name: str, device: torch.device, step: int, validated: int, total: int) -> None:
+    def start(
+        self, name: str, device: torch.device, step: int, validated: int, total: int, pairs: int
+    ) -> None:
         """Opens the log and the progress bar at a step, and records and prints what is trained, on what."""
         rank, world = rank_and_world()
         self.log = Log(self.out, step, validated)
         record_data(self.out, self.clips, self.val_clips, self.skipped)
-        pairs = min(self.config.batch, len(self.clips))
         what = f"{len(self.clips)} clips to train on, {len(self.val_clips)} to validate"
         machine = device if world == 1 else f"{world} processes on {device.type}"
         steps = f"{total} steps of {pairs} pairs on {machine}"
@@ -104,6 +161,7 @@ class Run:
         self.bar.close()
         if not finished(self.out):
             self.log.row(step=step, done=True)
+            say(f"trained in {time.time() - self.log.started:.0f} s: {self.out}")
         if rank_and_world()[0] == 0:
             with writing(self.out / "loss.png", ModelError, ADVICE):
                 plot_losses(self.out / "loss.png", read_log(self.out))
@@ -141,6 +199,15 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Says what is going on now, and at its end how long it took."""
+    say(f"{what} ...")
+    started = time.time()
+    yield
+    say(f"{what}: {time.time() - started:.0f} s")
+
+
 class Log:
     """metrics.jsonl: one row per line.
 
@@ -158,17 +225,17 @@ class Log:
         """Appends a row, with the seconds since the log was opened. Raises ModelError if the disk is full."""
         if rank_and_world()[0] == 0:
             row = {**values, "seconds": round(time.time() - self.started, 2)}
-            with writing(self.path, ModelError, ADVICE), self.path.open("a") as file:
+            with writing(self.path, ModelError, ADVICE), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
 
 def read_log(out: Path) -> list[dict]:
     """The rows of metrics.jsonl in a run's folder, without incomplete lines (left by a full disk)."""
     path, rows = out / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 # ---- interruption

@@ -24,8 +24,9 @@ from jaxtyping import UInt8
 
 from engine.files import DataError, not_found
 
-max_pixels = 36_000_000  # of a frame, at most; 8K is 8192 x 4320
-time_limit = 120.0  # seconds that reading a file may take, plus 300 for each MiB of it
+# Limits. TMASS_MAX_PIXELS and TMASS_TIME_LIMIT, variables of the environment, replace them.
+max_pixels = int(os.environ.get("TMASS_MAX_PIXELS", 36_000_000))  # of a frame, at most; 8K is 8192 x 4320
+time_limit = float(os.environ.get("TMASS_TIME_LIMIT", 120))  # seconds to read a file, plus 300 a MiB of it
 
 LEAST_FFMPEG = 7
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,asf,flv,ogg,gif,mxf,dv,ivf,nut,rm,wtv"
@@ -298,7 +299,8 @@ class Run:
             raise DataError(f"{path} was not read: stopped.")
         if self.expired:
             seconds = f"{time_limit:g} s and 300 s for each MiB"
-            raise DataError(f"{path} takes longer to decode than {seconds}: raise the limit, or replace it.")
+            what = f"{path} takes longer to decode than {seconds}"
+            raise DataError(f"{what}: raise TMASS_TIME_LIMIT, or replace it.")
         if log.too_large:
             raise TooLarge(log.too_large)
         if (stream := self._default()) is not None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,8 +45,8 @@ def not_found(path: Path) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with "?" for bytes of a file name that are not UTF-8."""
-    return text.encode(errors="replace").decode()
+    """The text with "?" for control characters and for bytes of a file name that are not UTF-8."""
+    return re.sub(r"[\x00-\x1f\x7f]", "?", text).encode(errors="replace").decode()
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object], sync: bool = True) -> None:

@@ -33,6 +33,8 @@ MEMORY = 2**29  # bytes that decoding a clip takes, at most; larger frames are d
 DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError)  # raised for a damaged zip file
 DAMAGED = (*DAMAGED, zipfile.BadZipFile, zlib.error, struct.error)
 
+RULES = 2  # raise it when other frames are decoded from the same file: caches are then made anew
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -169,7 +171,7 @@ def source(clip: Clip) -> bytes:
         stat = clip.path.stat()
     except OSError:
         return b""
-    return f"{clip.id} {clip.start:g} {clip.end} {stat.st_size} {stat.st_mtime_ns}".encode()
+    return f"{clip.id} {clip.start:g} {clip.end} {stat.st_size} {stat.st_mtime_ns} {RULES}".encode()
 
 
 def is_current(made_from: bytes, clip: Clip) -> bool:

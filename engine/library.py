@@ -32,6 +32,10 @@ ROW = 65_535  # characters in one field of a row, at most
 NEAREST = 16_384  # rows that a vector search returns, at most
 OTHER = "name another one with --library"
 CREATE = f"create it with python search.py index FOLDER, or {OTHER}"
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+READ_ONLY = (
+    "may not be written, and milvus-lite writes even to read; give yourself the right to write, or copy it"
+)
 HERE = ("localhost", "127.0.0.1", "::1")  # host names of this machine
 DIRECT = {"grpc.enable_http_proxy": 0, "grpc.keepalive_time_ms": 300_000}  # milvus-lite refuses shorter times
 
@@ -123,11 +127,9 @@ class Library:
         if not server:
             _check_folder(where, create)
         self.about: dict = {}  # folder, source, model, cut, dim
-        why = "no Milvus server answers there" if server else None
         try:
             here = not server or urllib.parse.urlsplit(where).hostname in HERE
             self.client = self._milvus.MilvusClient(where, **({"grpc_options": DIRECT} if here else {}))
-            why = "its data cannot be read; if it is damaged, index into a new one"
             ready = list(filter(self._is_ready, ("clips", "thumbnails", "files")))
             for name in ready:
                 self.client.load_collection(f"tmass_{name}")
@@ -135,7 +137,7 @@ class Library:
                 self.about = json.loads(self._get("files", [self.ABOUT]).get(self.ABOUT, "{}"))
         except (self._milvus.MilvusException, ValueError) as error:
             reason = str(getattr(error, "message", error)).strip().split("\n")[0]
-            why = why or _why_closed(where, reason)
+            why = "no Milvus server answers there" if server else _why_closed(where, reason)
             raise DataError(f"{where} cannot be opened: {why} ({reason}).") from None
         if not self.about and not create:
             raise DataError(f"{where} holds no library: {CREATE}.")
@@ -347,8 +349,12 @@ def _why_closed(where: str, reason: str) -> str:
     """Why a local library cannot be opened: what milvus-lite raises, of which pymilvus gives no reason."""
     import milvus_lite
 
-    if "Open local milvus failed" not in reason:
+    if "Fail connecting" in reason:
         return "the server that milvus-lite starts for it does not answer"
+    if any(f"[Errno {number}]" in reason for number in DENIED):
+        return f"a part of it {READ_ONLY}"
+    if "Open local milvus failed" not in reason:
+        return "its data cannot be read; if it is damaged, index into a new one"
     try:
         milvus_lite.MilvusLite(where).close()
     except milvus_lite.DataDirLockedError as error:
@@ -356,11 +362,8 @@ def _why_closed(where: str, reason: str) -> str:
             return "another process has it open (search.py serve or index?); wait, or stop it"
         return "its file system cannot lock files; put it on a local disk"
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "give yourself the right to write, or copy it"
-            return (
-                f"{error.filename or where} may not be written, and milvus-lite writes even to read; {advice}"
-            )
+        if error.errno in DENIED:
+            return f"{error.filename or where} {READ_ONLY}"
         return f"{error.filename or where}: {error.strerror}"
     except Exception as error:
         return f"it is damaged, index into a new one: {type(error).__name__}"

@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from engine.backbone import resolve_amp
+from engine.backbone import MISMATCH, first_line, resolve_amp
 from engine.config import Config
 from engine.files import ModelError
 from model import TMASS
+
+READS_FOUND_INF = ("cpu", "cuda")  # the devices whose fused AdamW skips a step by `found_inf`
 
 
 def learning_rate(step: int, total: int, warmup: float) -> float:
@@ -91,17 +93,18 @@ class TrainState:
             self.schedule.load_state_dict(state["schedule"])
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            self.guard.counts = self.guard.counts.new_tensor(state["guard"])
-            for name in ("step", "validated", "best", "val"):
+            self.guard.counts = self.guard.counts.new_tensor(state["guard"]).view(4)
+            for name, kind in (("step", int), ("validated", int), ("best", float), ("val", dict | None)):
+                if not isinstance(state[name], kind):
+                    raise ValueError(f"its {name} is {state[name]!r:.40}")
                 setattr(self, name, state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            what = str(error).strip().splitlines()[0]
+        except MISMATCH as error:
             advice = "another version wrote it, or --arch has other weights now; name another --out"
-            raise ModelError(f"last.pt does not fit this model ({what}): {advice}.") from None
+            raise ModelError(f"last.pt does not fit this model ({first_line(error)}): {advice}.") from None
 
 
 class Guard:
-    """Skips and counts the steps whose loss or gradient is not finite. Never makes the CPU wait for the GPU.
+    """Skips and counts the steps whose loss or gradient is not finite. The CPU does not wait for a CUDA GPU.
 
     A skipped step leaves weights, BatchNorm statistics and AdamW's moments unchanged; the schedule and the
     batches go on. With fp16 it halves the loss scale, so a few skipped steps at the start are normal."""
@@ -121,9 +124,12 @@ class Guard:
     def after_backward(self, optimizer: torch.optim.Optimizer, norm: Float[Tensor, ""], step: int) -> None:
         """Makes the optimizer skip the step if the gradient norm is not finite.
 
-        Fused AdamW reads `found_inf` on the device. A GradScaler sets it too."""
+        Fused AdamW reads `found_inf` on the device. A GradScaler sets it too. Some devices, such as MPS, do
+        not read it: there the gradients are removed, so AdamW has nothing to do."""
         bad = ~norm.isfinite()
         optimizer.found_inf = bad.float()
+        if bad.device.type not in READS_FOUND_INF and bad:
+            optimizer.zero_grad(set_to_none=True)
         for buffer, old in zip(self.statistics, self.kept):
             buffer.copy_(torch.where(bad, old, buffer))
         skipped, row, longest, last = self.counts.unbind()

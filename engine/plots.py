@@ -2,19 +2,24 @@
 
 Every function takes plain numbers and writes one PNG file atomically. It raises OSError if it cannot."""
 
+import functools
 import statistics
 import textwrap
+import unicodedata
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from engine.files import write_atomic
+from engine.files import printable, write_atomic
 
 Number = int | float
 BLUE, ORANGE, GREEN = "#0072b2", "#e69f00", "#009e73"
+# Fonts of many scripts, on Linux, macOS and Windows.
+SCRIPTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "Arial Unicode MS", "Microsoft YaHei", "Noto Sans"]
 
 
 def new_figure(**options):
@@ -25,8 +30,36 @@ def new_figure(**options):
 
 
 def save(figure, path: Path, dpi: int = 110, **options) -> None:
-    """Writes a figure as PNG, atomically; `options` are those of Figure.savefig. Raises OSError."""
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=dpi, **options))
+    """Writes a figure as PNG, atomically; `options` are those of Figure.savefig. Raises OSError.
+
+    All text is drawn as it is: two dollar signs in a caption are no formula. A character that no font has is
+    drawn as a box."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    plain = {"text.parse_math": False, "text.usetex": False}
+    for text in figure.findobj(Text):
+        text.set(parse_math=False, usetex=False)
+        text.set_fontfamily([*text.get_fontfamily(), *_fallback_fonts()])
+    with rc_context(plain), warnings.catch_warnings():  # the context is for tick labels, made while drawing
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=dpi, **options))
+
+
+@functools.cache
+def _fallback_fonts() -> tuple[str, ...]:
+    """The fonts with many scripts that this machine has, for what matplotlib's own font lacks."""
+    from matplotlib.font_manager import fontManager
+
+    known = set(fontManager.get_font_names())
+    return tuple(name for name in SCRIPTS if name in known)
+
+
+def wrap(caption: str, width: int = 30, lines: int = 4) -> str:
+    """A caption in at most so many lines. Wide characters, such as Chinese ones, count twice."""
+    wide = any(unicodedata.east_asian_width(character) in "WF" for character in caption)
+    words = " ".join(printable(caption).split())
+    return textwrap.fill(words, width // 2 if wide else width, max_lines=lines)
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -38,6 +71,7 @@ def contact_sheet(
     owner: Int[Tensor, " texts"],
     captions: Sequence[str],
     frames_of: Callable[[int], np.ndarray],
+    relevant: Bool[Tensor, "texts videos"] | None = None,
     queries: int = 6,
     shown: int = 5,
     seed: int = 0,
@@ -45,7 +79,8 @@ def contact_sheet(
     """Draws random captions, one a row, and the clips that rank first for each, three frames a clip.
 
     The caption's own clip has a green frame; its rank is below the caption. `seed` draws the captions.
-    owner: the video that each text describes. frames_of(video): its frames, (frames, height, width, 3)."""
+    owner: the video that each text describes. frames_of(video): its frames, (frames, height, width, 3).
+    relevant: every clip that fits each caption, if it is known; these have a dashed frame."""
     from matplotlib.patches import Rectangle
 
     videos = scores.shape[1]
@@ -57,15 +92,14 @@ def contact_sheet(
     for row, text in zip(axes, chosen):
         own = int(owner[text])
         order = scores[text].argsort(descending=True, stable=True).tolist()
-        words = textwrap.fill(captions[text], 30, max_lines=4)
         rank = f"own clip: rank {order.index(own) + 1} of {videos}"
-        row[0].text(0, 0.5, f"{words}\n", fontsize=9.5, va="center")
+        row[0].text(0, 0.5, f"{wrap(captions[text])}\n", fontsize=9.5, va="center")
         row[0].text(0, 0, rank, fontsize=8, color="0.4", va="bottom")
         for axis, video in zip(row[1:], order):
             axis.imshow(_strip(frames_of(video)))
-            if video == own:
-                where = dict(transform=axis.transAxes, fill=False)
-                axis.add_patch(Rectangle((0, 0), 1, 1, color=GREEN, linewidth=5, **where))
+            if video == own or (relevant is not None and relevant[text, video]):
+                style = dict(fill=False, linewidth=5, linestyle="-" if video == own else (0, (2, 1.2)))
+                axis.add_patch(Rectangle((0, 0), 1, 1, color=GREEN, transform=axis.transAxes, **style))
     for axis in axes.flat:
         axis.axis("off")
     for rank, axis in enumerate(axes[0, 1:], start=1):
@@ -84,6 +118,8 @@ def _strip(frames: np.ndarray) -> np.ndarray:
 
 def rank_histogram(path: Path, ranks: Float[Tensor, " texts"], videos: int) -> None:
     """Draws the distribution of the rank of each caption's own clip, and that of a random order."""
+    from matplotlib.ticker import LogFormatter
+
     edges = np.unique(np.geomspace(1, videos + 1, 25).round())
     counts, _ = np.histogram(ranks.cpu().numpy(), edges)
     figure = new_figure(figsize=(6, 3.2), layout="constrained")
@@ -92,6 +128,8 @@ def rank_histogram(path: Path, ranks: Float[Tensor, " texts"], videos: int) -> N
     axis.stairs(100 * np.diff(edges) / videos, edges, color=ORANGE, lw=2, label="chance")
     axis.set(xscale="log", xlabel="rank of the caption's own clip", ylabel="% of captions")
     axis.set(title=f"{len(ranks)} captions, {videos} clips")
+    axis.xaxis.set_major_formatter(LogFormatter())  # 1, 10, 100: matplotlib's own are formulas
+    axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     axis.legend()
     save(figure, path)
 

@@ -174,8 +174,8 @@ def _attempt(video: Video, work: Callable):
                 return work()
             except TooLarge as error:
                 large = error.args[0]
-    limit = f"the limit of {ffmpeg.max_pixels:,}"
-    raise DataError(f"{video.path} has frames of {large} pixels, more than {limit}: raise it, or replace it.")
+    what = f"has frames of {large} pixels, more than the limit of {ffmpeg.max_pixels:,}"
+    raise DataError(f"{video.path} {what}: raise TMASS_MAX_PIXELS, or replace it.")
 
 
 def _decode(video: Video, num_frames: int, start: float, end: float | None, keep: Callable) -> list[Frame]:
@@ -345,9 +345,10 @@ def every_frame(path: Path, height: int = 0) -> Iterator[tuple[float, Frame]]:
     """Time and pixels of each frame of a video; with `height`, scaled by ffmpeg. Raises DataError."""
     filters = [f"scale=-2:{height}"] * bool(height) + [SHOW]
     with opened(path) as video:
+        _attempt(video, lambda: _probe(video))  # finds the file's default video stream
         video.most, last = ffmpeg.max_pixels, 0.0
         with Run(video, ["-map", video.stream, "-vf", ",".join(filters), *RAW]) as run:
             for shown, frame in run.frames():
                 last = last if shown.time is None else shown.time
                 yield last, frame
-            run.finish()
+            _attempt(video, run.finish)  # a frame that is too large becomes a DataError

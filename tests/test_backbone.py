@@ -1,9 +1,12 @@
 """CLIP's weights in all their layouts, its tokenizer, and the one import of its package."""
 
+import json
 import re
 import urllib.error
+import zipfile
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, randn, small_clip
 
@@ -34,6 +37,39 @@ def test_weights_come_back_as_stored_whatever_their_sizes(tmp_path, trunk, archi
     assert not loaded.training and {p.dtype for p in loaded.parameters()} == {torch.float32}
     pairs = zip(clip.state_dict().values(), loaded.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def loaded_as_stored(clip: torch.nn.Module, path) -> bool:
+    """Whether load_clip gives back the weights of a CLIP, bit for bit."""
+    found, own = load_clip("tiny", path).state_dict(), clip.state_dict()
+    return found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize("before", [
+    "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "module.model.clip.",
+])  # fmt: skip
+def test_names_of_wrapped_modules_are_read(tmp_path, before):
+    """DataParallel, DistributedDataParallel, torch.compile, Lightning, a checkpoint of a larger model."""
+    clip = small_clip("vit")
+    state = {f"{before}{name}": value for name, value in clip.state_dict().items()}
+    more = {"head.weight": torch.ones(2)} if before == "module.model.clip." else {}
+    torch.save({"epoch": 3, "state_dict": {**state, **more}}, tmp_path / "wrapped.pt")
+    assert loaded_as_stored(clip, tmp_path / "wrapped.pt")
+
+
+def test_a_compiled_part_and_averaged_weights_are_read(tmp_path):
+    clip = small_clip("vit")
+    names = (name.replace("visual.", "visual._orig_mod.") for name in clip.state_dict())
+    state = dict(zip((f"module.{name}" for name in names), clip.state_dict().values()))
+    torch.save({**state, "n_averaged": torch.tensor(7)}, tmp_path / "averaged.pt")
+    assert loaded_as_stored(clip, tmp_path / "averaged.pt")
+
+
+@pytest.mark.parametrize("name", ["clip.safetensors", "clip.bin"])
+def test_safetensors_are_read_whatever_the_files_name(tmp_path, name):
+    clip = small_clip()
+    safetensors.torch.save_file(clip.state_dict(), tmp_path / name)
+    assert loaded_as_stored(clip, tmp_path / name)
 
 
 def test_tiny_is_clips_own_class_and_small():
@@ -79,6 +115,100 @@ def test_file_of_something_else_than_a_dict_gives_one_sentence(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ModelError, match=r"tensor\.pt holds no dict of weights, but Tensor"):
         load_file(tmp_path / "tensor.pt")
+
+
+@pytest.mark.parametrize("config, says", [
+    ({"config.json": {"text_config": {"hidden_act": "gelu"}}}, "the activation gelu, not quick_gelu"),
+    ({"config.json": {"vision_config": {"hidden_size": 1280, "num_attention_heads": 16}}}, "16 heads for"),
+    ({"open_clip_config.json": {"model_cfg": {"embed_dim": 512}}}, "another activation than QuickGELU"),
+    ({"open_clip_config.json": {"model_cfg": {"quick_gelu": True}}}, ""),
+    ({"config.json": {"text_config": {"hidden_act": "quick_gelu"}, "vision_config": [3]}}, ""),
+    ({"config.json": [1]}, ""),
+])  # fmt: skip
+def test_a_clip_that_openais_class_computes_differently_is_refused(tmp_path, config, says):
+    """Its weights have the same names and shapes: the features would be wrong without a word."""
+    torch.save(small_clip("vit").state_dict(), tmp_path / "clip.pt")
+    for name, content in config.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    if says:
+        with pytest.raises(ModelError, match=rf"clip\.pt cannot be used: .*{says}"):
+            load_clip("tiny", tmp_path / "clip.pt")
+    else:
+        load_clip("tiny", tmp_path / "clip.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    state = small_clip("vit").state_dict()
+    state["visual.proj"][3, 4] = value
+    torch.save(state, tmp_path / "clip.pt")
+    says = r"clip\.pt is damaged, or its training diverged: visual\.proj holds NaN or infinite values; name"
+    with pytest.raises(ModelError, match=says):
+        load_clip("tiny", tmp_path / "clip.pt")
+
+
+def test_large_finite_weights_are_no_damage(tmp_path):
+    """Their float16 sum is infinite."""
+    state = {name: value.half() for name, value in small_clip("vit").state_dict().items()}
+    state["token_embedding.weight"][:] = 100
+    torch.save(state, tmp_path / "clip.pt")
+    assert load_clip("tiny", tmp_path / "clip.pt").token_embedding.weight.max() == 100
+
+
+@pytest.mark.parametrize("archive", [False, True], ids=["state_dict", "jit"])
+def test_a_flipped_bit_is_found_by_the_checksum_of_its_part(tmp_path, archive):
+    module, path = torch.nn.Linear(40, 50), tmp_path / "clip.pt"
+    torch.jit.script(module).save(path) if archive else torch.save(module.state_dict(), path)
+    load_file(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(module.weight.detach().numpy().tobytes()) + 4003] ^= 1  # a little of one weight
+    path.write_bytes(content)
+    with pytest.raises(
+        ModelError, match=r"clip\.pt is damaged, clip/data/\d does not match its checksum: copy"
+    ):
+        load_file(path)
+
+
+def test_files_without_a_checksum_stay_readable(tmp_path):
+    content = {"a": torch.arange(5.0)}
+    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, tmp_path / "unchecked.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("legacy.pt", "unchecked.pt"):
+        assert torch.equal(load_file(tmp_path / name)["a"], content["a"])
+
+
+def test_absurd_sizes_are_refused_before_they_fill_the_memory(tmp_path):
+    """Tensors of one stored number, shapes that fit no other, and an archive packed to a thousandth."""
+    state = small_clip("vit").state_dict()
+    state["token_embedding.weight"] = torch.zeros(1, 1).expand(10**7, 10**7)
+    torch.save(state, tmp_path / "expanded.pt")
+    with pytest.raises(ModelError, match=r"expanded\.pt holds weights that are larger than what it stores"):
+        load_clip("tiny", tmp_path / "expanded.pt")
+    wide = {**small_clip("vit").state_dict(), "ln_final.weight": torch.ones(2**20)}
+    torch.save(wide, tmp_path / "wide.pt")
+    with pytest.raises(ModelError, match=r"wide\.pt holds no CLIP .* \(its sizes do not fit together\)"):
+        load_clip("tiny", tmp_path / "wide.pt")
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", bytes(2**26 + 2**20))
+    with pytest.raises(ModelError, match=r"packed\.pt is packed, and larger than it can be"):
+        load_file(tmp_path / "packed.pt")
+
+
+def test_a_folder_and_an_unreadable_file_say_so(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match=r" is a folder: name a file in it"):
+        load_clip("tiny", tmp_path)
+    torch.save({}, tmp_path / "mine.pt")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(ModelError, match=r"mine\.pt could not be read \(Permission denied\)"):
+        load_file(tmp_path / "mine.pt")
 
 
 def test_captions_are_cut_to_the_context_and_counted_uncut():

@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randn, random_model, small_clip
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import layer_norm
 
 import engine.files
 import evaluate
 import model as model_module
-from engine.backbone import import_clip, load_file, tokenize
+from engine.backbone import import_clip, load_clip, load_file, tokenize
 from engine.checkpoint import (
+    checksum,
     latest_run,
     load_checkpoint,
     load_state,
     open_checkpoint,
     save_checkpoint,
+    to_record,
 )
 from engine.config import EvaluationConfig, plain, preset, prior_of
 from engine.files import ModelError
@@ -96,6 +99,145 @@ def test_foreign_weights_give_one_sentence(tmp_path, name, value):
             load_checkpoint(path)
 
 
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_checkpoint_of_a_wrapped_model_opens(tmp_path, before):
+    """A state of DataParallel, DistributedDataParallel or torch.compile."""
+    model = random_model()
+    state = {f"{before}{name}": value for name, value in model.state_dict().items()}
+    torch.save({"model": state, "arguments": model.arguments}, tmp_path / "best.pt")
+    assert equal_weights(load_checkpoint(tmp_path / "best.pt"), model)
+
+
+def test_weights_of_clip_are_read_out_of_a_checkpoint(tmp_path):
+    model = random_model()
+    save_checkpoint(tmp_path / "best.pt", model)
+    assert equal_weights(load_clip("tiny", tmp_path / "best.pt"), model.clip)
+
+
+# ----------------------------------------------------------------------------------- damage and absurd values
+
+
+@pytest.mark.parametrize("name", ["fusion.value.weight", "clip.visual.conv1.weight", "radius.linear.bias"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name):
+    model, config = random_model(), preset("shapes", "tmass")
+    model.state_dict()[name].view(-1)[2] = float("nan")
+    save_checkpoint(tmp_path / "best.pt", model)
+    last_pt(tmp_path / "last.pt", to_record(config), model=model.state_dict())
+    model.save_pretrained(tmp_path)
+    says = rf"is damaged, or its training diverged: {name} holds NaN or infinite values; name another file"
+    for path in (tmp_path / "best.pt", tmp_path / "model.safetensors"):
+        with pytest.raises(ModelError, match=rf"{path.name} {says}"):
+            open_checkpoint(path)
+    with pytest.raises(ModelError, match=rf"last\.pt {says}"):
+        load_state(tmp_path / "last.pt", config, "1234")
+
+
+def flip(path: Path, place: int) -> None:
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_is_found(tmp_path):
+    model = random_model()
+    save_checkpoint(tmp_path / "best.pt", model)
+    weights = (tmp_path / "best.pt").read_bytes()
+    for name in ("radius.linear.weight", "clip.ln_final.weight"):
+        (tmp_path / "best.pt").write_bytes(weights)
+        flip(tmp_path / "best.pt", weights.index(model.state_dict()[name].numpy().tobytes()) + 5)
+        with pytest.raises(ModelError, match=r"best\.pt is damaged, .* does not match its checksum: copy it"):
+            load_checkpoint(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(
+    "name, text", [("model.safetensors", b""), ("config.json", b"1.0"), ("config.json", b"4,")]
+)
+def test_a_flipped_bit_in_a_folder_is_found(tmp_path, name, text):
+    """In a weight, in the standard deviation of the noise, in the number of frames."""
+    model = random_model(radius="fixed")  # the shapes of no weight tell the number of frames
+    model.save_pretrained(tmp_path, config={"prior_std": 1.0})
+    content = (tmp_path / name).read_bytes()
+    flip(tmp_path / name, content.index(text or model.fusion.value.weight.detach().numpy().tobytes()))
+    with pytest.raises(
+        ModelError, match=r"or its config\.json is damaged: copy both .* remove its \"checksum\""
+    ):
+        TMASS.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_checksum_stays_readable(tmp_path):
+    """As earlier versions wrote it, and as one that was changed by hand."""
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert len(content.pop("checksum")) == 8
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert equal_weights(TMASS.from_pretrained(tmp_path), model)
+
+
+def test_the_checksum_is_the_same_on_every_machine(tmp_path):
+    config = {"arguments": {"dropout": 0.3, "heads": 1}, "config": {"videos": "é", "head_lr": 3e-05}}
+    assert checksum(config, [b"weights"]) == checksum(config, iter([b"wei", b"ghts"])) == "a6ae9746"
+    same = {name: config[name] for name in reversed(config)}
+    assert checksum(json.loads(json.dumps(same)), [b"weights"]) == "a6ae9746"
+
+
+@pytest.mark.parametrize("arguments", [
+    dict(num_frames=10**9), dict(num_frames=0), dict(num_frames=True + 0.5), dict(num_frames=None),
+    dict(heads=10**9), dict(heads="two"), dict(dropout=float("nan")), dict(dropout=2), dict(nothing=1),
+    dict(initial_radius=-1.0), dict(initial_radius=10**400), dict(fusion=["xpool"]), dict(radius={}),
+])  # fmt: skip
+@pytest.mark.parametrize("radius", ["linear", "none"])
+def test_absurd_arguments_give_one_sentence(tmp_path, arguments, radius):
+    model = random_model(radius=radius)
+    torch.save({"model": model.state_dict(), "arguments": model.arguments | arguments}, tmp_path / "best.pt")
+    with pytest.raises(ModelError, match=r"best\.pt (cannot be opened: |is not a checkpoint)") as error:
+        load_checkpoint(tmp_path / "best.pt")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("content, says", [
+    (dict(config=[1]), "a list, not a dict"), (dict(config=None), "a NoneType, not a dict"),
+    (dict(config="csv"), "a str, not a dict"), (dict(config={"dataset": 3}), "dataset is 3"),
+    (dict(config={"prior": "nrmal"}), "prior is 'nrmal'"), (dict(config={"method": "x"}), "method is 'x'"),
+    (dict(config={"prior_std": "1"}), "prior_std is '1'"), (dict(config={"videos": [1]}), r"videos is \[1\]"),
+    (dict(config={"prior_std": float("nan")}), "prior_std is nan"), (dict(config={"M": -1}), "M is -1"),
+    (dict(config={"new": torch.ones(2)}), "new is tensor"), (dict(config={3: "x"}), "3 is 'x'"),
+    (dict(config={"num_frames": 10**9}), "num_frames is 1000000000"),
+    (dict(arguments=[1]), 'holds no dict "arguments"'), (dict(model=3), 'holds no dict "model"'),
+])  # fmt: skip
+def test_a_config_that_is_none_gives_one_sentence(tmp_path, content, says):
+    model = random_model()
+    whole = {"model": model.state_dict(), "arguments": model.arguments, "config": {"dataset": "csv"}}
+    torch.save(whole | content, tmp_path / "best.pt")
+    with pytest.raises(ModelError, match=rf"best\.pt .*{says}.*: name") as error:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+    if "config" in content:
+        last_pt(tmp_path / "last.pt", **content)
+        with pytest.raises(
+            ModelError, match=rf"last\.pt holds a config that train\.py does not write \({says}"
+        ):
+            load_state(tmp_path / "last.pt", preset("shapes", "tmass"), "1234")
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 10**5, '{"a":' * 10**5, "[]", "3", "", "{", '{"arguments": {"num_frames": 9', "\udcff",
+])  # fmt: skip
+def test_json_that_is_no_config_gives_one_sentence(tmp_path, text):
+    random_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ModelError, match=r"config\.json is damaged: copy both") as error:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_clip_alone_are_not_a_checkpoint(tmp_path):
+    torch.save(small_clip().state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(ModelError, match=r'clip\.pt is not a checkpoint .* \(it holds no dict "model"\)'):
+        load_checkpoint(tmp_path / "clip.pt")
+
+
 def test_model_keeps_its_public_names():
     for name in ("load_clip", "load_file", "load_checkpoint", "save_checkpoint", "build_from_checkpoint"):
         assert callable(getattr(model_module, name))
@@ -131,7 +273,7 @@ def test_checkpoint_that_names_a_method_opens_as_its_psi_and_radius(tmp_path, me
     assert trained == config | dict(fusion=parts[0], radius=parts[1])
 
 
-def last_pt(path: Path, config: dict, **more) -> Path:
+def last_pt(path: Path, config: object, **more) -> Path:
     """Writes what load_state reads of a last.pt."""
     torch.save({"model": {}, "optimizer": {}, "config": config, "data": "1234", **more}, path)
     return path
@@ -151,7 +293,7 @@ def test_run_from_before_psi_and_radius_were_chosen_apart_can_be_resumed(tmp_pat
 
 def test_run_of_other_flags_or_data_is_not_resumed(tmp_path):
     config = preset("shapes", "tmass")
-    path = last_pt(tmp_path / "last.pt", plain(config))
+    path = last_pt(tmp_path / "last.pt", to_record(config))
     with pytest.raises(
         ModelError, match=r"another config \(--recipe paper, not best\): resume with the same flags"
     ):
@@ -284,6 +426,23 @@ def test_features_of_a_released_checkpoint_equal_hugging_faces(hugging_face, rel
     assert torch.equal(model.logit_scale, hugging_face.logit_scale)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_weights_of_hugging_face_are_read(hugging_face, released, tmp_path, name):
+    """The same CLIP as in the released checkpoint, whose features the test above compares."""
+    hugging_face.config.save_pretrained(tmp_path)
+    state = hugging_face.state_dict()
+    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    torch.save(released, tmp_path / "model_best.pth")
+    assert equal_weights(load_clip(str(tmp_path / name)), load_checkpoint(tmp_path / "model_best.pth").clip)
+
+
+def test_released_checkpoint_of_a_wrapped_model_opens(released, tmp_path):
+    torch.save(released, tmp_path / "one.pth")
+    state = {f"module.{name}": value for name, value in released["state_dict"].items()}
+    torch.save({**released, "state_dict": state}, tmp_path / "wrapped.pth")
+    assert equal_weights(load_checkpoint(tmp_path / "wrapped.pth"), load_checkpoint(tmp_path / "one.pth"))
+
+
 def test_psi_and_R_of_a_released_checkpoint_equal_their_equations(released, tmp_path):
     torch.save(released, tmp_path / "model_best.pth")
     model = load_checkpoint(tmp_path / "model_best.pth")
@@ -375,7 +534,7 @@ def test_folder_that_names_a_method_opens_as_its_psi_and_radius(tmp_path):
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content["arguments"] |= dict(method="xpool", radius="linear")
-    del content["arguments"]["fusion"]
+    del content["arguments"]["fusion"], content["checksum"]  # which earlier versions did not write
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert TMASS.from_pretrained(tmp_path).arguments == model.arguments
 
@@ -410,7 +569,7 @@ def fails(*_) -> None:
 
 @pytest.mark.parametrize("save, name", [
     (lambda folder: save_checkpoint(folder / "last.pt", random_model(), step=2), "last.pt"),
-    (lambda folder: random_model().save_pretrained(folder), "config.json"),
+    (lambda folder: random_model().save_pretrained(folder), "model.safetensors"),
 ])  # fmt: skip
 def test_full_disk_leaves_the_older_file_and_no_half_file(tmp_path, monkeypatch, save, name):
     save(tmp_path)

@@ -1,5 +1,8 @@
 """Training by several processes: two gloo ranks on the CPU do what one process does."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, small_clip
+from torch.utils.data import DataLoader
 
 import train
 from engine import distributed
 from engine.backbone import load_file
 from engine.experiment import read_log
-from engine.files import ModelError
+from engine.files import DataError, ModelError
 
 
 @pytest.fixture
@@ -209,20 +213,163 @@ def test_shards_of_all_processes_are_the_whole(monkeypatch):
         assert [thing for part in shards for thing in part] == list(range(7)) and all(shards)
 
 
-def test_a_device_that_does_not_exist_gives_one_sentence(monkeypatch):
+# ---------------------------------------------------------------------------------------- devices, launchers
+
+
+@pytest.mark.parametrize("name", [
+    "tpu9", "mps", "xpu", "meta", "vulkan", "xla", "hpu", "mtia", "cuda:", "cuda:99", "", " ", "0",
+])  # fmt: skip
+def test_a_device_that_torch_cannot_compute_on_gives_one_sentence(name):
+    if name in ("mps", "xpu") and getattr(torch, name).is_available():
+        pytest.skip("this machine has one")
+    says = rf"^--device {name}: torch cannot compute there \(.+\); choose auto, cpu"
+    with pytest.raises(ModelError, match=says) as error:
+        distributed.choose_device(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_auto_is_cuda_if_there_is_one_and_a_broken_one_is_named(monkeypatch):
     assert distributed.choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ModelError, match="--device tpu9: not a device; choose auto, cpu or cuda"):
-        distributed.choose_device("tpu9")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ModelError, match="--device cuda:1: torch finds no CUDA device on this machine"):
-        distributed.choose_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def zeros(*_, device):
+        assert device == torch.device("cuda")
+        raise RuntimeError(
+            "CUDA error: no kernel image is available\nCUDA kernel errors might be asynchronous"
+        )
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    says = r"--device cuda: torch cannot compute there \(CUDA error: no kernel image .*\); choose auto, cpu"
+    with pytest.raises(ModelError, match=says):
+        distributed.choose_device("auto")
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+TORCHRUN = dict(WORLD_SIZE="3", RANK="2", LOCAL_RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
+
+
+@pytest.fixture
+def torchrun_variables(monkeypatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, torchrun_variables):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ModelError, match="this machine has 2 GPUs and torchrun started more processes"):
-        distributed.init_distributed("cuda")
+    for device in ("cuda", "auto"):
+        with pytest.raises(ModelError, match="this machine has 2 GPUs and torchrun started more processes"):
+            distributed.init_distributed(device)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps", "xpu"])
+def test_one_device_for_all_processes_is_refused(torchrun_variables, device):
+    says = f"--device {device} is for one process: under torchrun choose cpu, or cuda, which gives each"
+    with pytest.raises(ModelError, match=says):
+        distributed.init_distributed(device)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_launcher_that_is_not_torchrun_is_refused(monkeypatch, torchrun_variables, name):
+    """As Kubernetes' PyTorchJob, which sets no LOCAL_RANK, or a shell in which WORLD_SIZE is left over."""
+    monkeypatch.delenv(name)
+    says = f"WORLD_SIZE is set, but {name} is empty or not set: start .* by torchrun, or unset WORLD_SIZE"
+    with pytest.raises(ModelError, match=says):
+        distributed.init_distributed("cpu")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("WORLD_SIZE", "many"), ("RANK", "first"), ("LOCAL_RANK", "x"), ("MASTER_PORT", "99999"), ("RANK", "7"),
+])  # fmt: skip
+def test_wrong_values_of_a_launcher_give_one_sentence(monkeypatch, torchrun_variables, name, value):
+    monkeypatch.setenv("RANK", "0")  # the others wait for it
+    monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ModelError, match=r"the processes could not be joined \(.+\): start .* torchrun"
+    ) as error:
+        distributed.init_distributed("cpu")
+    assert "\n" not in str(error.value) and not torch.distributed.is_initialized()
+
+
+def test_a_port_that_is_in_use_gives_one_sentence(monkeypatch, torchrun_variables):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name, value in (("MASTER_PORT", server.getsockname()[1]), ("RANK", 0), ("WORLD_SIZE", 1)):
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ModelError, match=r"could not be joined \(.*(in use|EADDRINUSE)"):
+            distributed.init_distributed("cpu")
+
+
+# ---------------------------------------------------------------------------------- workers that load batches
+
+
+class Killed(torch.utils.data.Dataset):
+    """Its worker is killed, as by the kernel when memory is short, or by a write beyond /dev/shm."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), self.number)
+        return index
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_killed_worker_gives_one_sentence(number):
+    with pytest.raises(
+        DataError, match=r"a process that loads batches failed \(.+\): memory, .* --workers 0"
+    ) as error:
+        list(distributed.loaded(DataLoader(Killed(number), batch_size=None, num_workers=1)))
+    assert "\n" not in str(error.value) and "--shm-size" in str(error.value)
+
+
+class Failing(DataLoader):
+    """A DataLoader that raises an error."""
+
+    error: Exception
+
+    def __iter__(self):
+        yield 1
+        raise self.error
+
+
+SHM = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n  File\nRuntimeError: {SHM}"),
+    OSError(28, "No space left on device"), OSError(30, "Read-only file system"), BlockingIOError(11, "busy"),
+    RuntimeError("received 0 items of ancdata"), ConnectionResetError(104, "reset"), EOFError(),
+])  # fmt: skip
+def test_a_small_shared_memory_gives_one_sentence(error):
+    loader = Failing([0], num_workers=2)
+    loader.error = error
+    batches = distributed.loaded(loader)
+    assert next(batches) == 1
+    with pytest.raises(
+        DataError, match=r"\(/dev/shm\), is too small for 2 of them; use --workers 0"
+    ) as found:
+        next(batches)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nsizes of tensors must match"),
+    OSError("Caught FileNotFoundError in DataLoader worker process 0.\nno such file"), RuntimeError("a bug"),
+])  # fmt: skip
+def test_other_errors_of_a_worker_are_not_hidden(error):
+    loader = Failing([0], num_workers=2)
+    loader.error = error
+    with pytest.raises(type(error)) as found:
+        list(distributed.loaded(loader))
+    assert found.value is error
+
+
+def test_an_error_without_workers_is_not_theirs():
+    loader = Failing([0])
+    loader.error = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        list(distributed.loaded(loader))

@@ -183,7 +183,7 @@ def example(heading: str, file: str) -> str:
 
 
 def test_the_table_of_rows_is_that_of_the_imports():
-    table = re.findall(r"(?m)^\| (\d) \| (.*) \|$", CONTRIBUTING)
+    table = re.findall(r"(?m)^\| (\d+) \| (.*) \|$", CONTRIBUTING)
     assert [(int(row), modules.split(", ")) for row, modules in table] == list(enumerate(ROWS, start=1))
 
 

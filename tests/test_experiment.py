@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from test_train import csv_config, of_method, same_weights
 
 import train
 from engine.backbone import load_file
 from engine.checkpoint import open_checkpoint
 from engine.config import RECIPES, Config
-from engine.experiment import Interrupt, Log, finished, git_commit, open_run, read_log, run_folder
+from engine.experiment import Claim, Interrupt, Log, finished, git_commit, open_run, read_log, run_folder
 from engine.files import ModelError
 
 
@@ -122,6 +124,26 @@ def test_an_incomplete_row_is_left_out(tmp_path):
     assert [row["step"] for row in read_log(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize(
+    "line", [b"3", b"[]", b"null", b'{"loss": 2}', b'{"step": "x"}', b"\xff\x00\x00", b"[" * 10**5]
+)
+def test_a_line_that_is_no_row_is_left_out(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2] and not finished(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_that_is_not_utf8_shows_escapes(encoding):
+    """Every command imports engine, which sets this in one place. \udcff is a byte of a name."""
+    code = "import engine; print('café 视频 \\udcff')"
+    command = [sys.executable, "-S", "-c", code]
+    shown = subprocess.run(command, cwd=ROOT, env={"PYTHONIOENCODING": encoding}, capture_output=True)
+    video = "视频" if encoding == "utf-8" else r"\u89c6\u9891"
+    cafe = r"caf\xe9" if encoding.startswith("ascii") else "café"
+    expected = rf"{cafe} {video} \udcff" + "\n"
+    assert (shown.stdout.decode(encoding.partition(":")[0]), shown.stderr) == (expected, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_row_on_a_full_disk_gives_one_sentence(tmp_path):
     log = Log(tmp_path)
@@ -132,10 +154,67 @@ def test_a_row_on_a_full_disk_gives_one_sentence(tmp_path):
 
 
 def test_a_run_is_never_overwritten(config, tmp_path):
-    Log(open_run(config)).row(step=1)
+    Log(open_run(config)[0]).row(step=1)
     with pytest.raises(ModelError, match="holds a run: add --resume to continue it"):
         open_run(config)
-    assert open_run(replace(config, resume=True)) == config.out
+    assert open_run(replace(config, resume=True))[0] == config.out
+
+
+@pytest.fixture
+def other_process():
+    """A function that starts a process which trains in a folder, with a worker; it kills both in the end."""
+    groups = []
+
+    def start(folder: Path) -> int:
+        folder.mkdir(parents=True)
+        read, write = os.pipe()
+        if (process := os.fork()) == 0:
+            os.setsid()
+            claim = Claim.of(folder)
+            if os.fork() == 0:  # as DataLoader does
+                time.sleep(60)
+            os.write(write, b"claimed" if claim else b"")
+            time.sleep(60)
+        groups.append(process)
+        assert os.read(read, 7) == b"claimed"
+        return process
+
+    yield start
+    for group in groups:
+        os.killpg(group, signal.SIGKILL)
+
+
+def test_two_processes_never_write_to_one_run(config, other_process, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = other_process(Path("runs/csv-tiny-tmass"))
+    assert open_run(replace(config, out=None))[0] == Path("runs/csv-tiny-tmass-2")
+    for taken in (replace(config, out=Path("runs/csv-tiny-tmass")), replace(config, out=None, resume=True)):
+        says = (
+            "another process is training in runs/csv-tiny-tmass: wait for its end, or name another folder by"
+        )
+        with pytest.raises(ModelError, match=says):
+            open_run(taken)
+    os.kill(process, signal.SIGKILL)  # its worker lives on, and does not hold the folder
+    os.waitpid(process, 0)
+    assert open_run(replace(config, out=None, resume=True))[0] == Path("runs/csv-tiny-tmass")
+
+
+def test_a_folder_is_free_again_when_its_run_is_gone(config, tmp_path):
+    one, two = open_run(config), open_run(replace(config, resume=True))
+    assert one[1] is two[1]  # one process may open a run again
+    folder = one[0].resolve()
+    del one, two
+    assert folder not in Claim.held
+
+
+def test_leftovers_of_killed_processes_are_removed(config):
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True)
+    config.out.mkdir(parents=True)
+    names = [f"last.pt.{socket.gethostname()}.{pid}.part" for pid in (int(process.stdout), os.getpid())]
+    for name in [*names, "last.pt"]:
+        (config.out / name).write_bytes(b"half")
+    open_run(config)
+    assert sorted(path.name for path in config.out.iterdir()) == sorted([names[1], "last.pt"])
 
 
 @pytest.mark.parametrize("number", Interrupt.SIGNALS)

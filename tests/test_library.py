@@ -312,6 +312,20 @@ def test_a_damaged_library_is_not_said_to_be_open_elsewhere(library, tmp_path):
         assert "damaged" in message and "another process" not in message
 
 
+def test_a_library_of_which_a_part_is_read_only_is_not_said_to_be_damaged(library, tmp_path, monkeypatch):
+    def refuse(client, name):
+        raise pymilvus.MilvusException(1, f"[Errno 13] Permission denied: '{name}/x.idx'")
+
+    import pymilvus
+
+    shutil.copytree(library.where, tmp_path / "copy.db")
+    monkeypatch.setattr(pymilvus.MilvusClient, "load_collection", refuse)
+    message = sentence(Library, str(tmp_path / "copy.db"))
+    assert (
+        "a part of it may not be written" in message and "clips/x.idx" in message and "damaged" not in message
+    )
+
+
 @pytest.mark.parametrize("names", [("http_proxy",), ("https_proxy", "grpc_proxy", "all_proxy")])
 def test_a_local_library_is_not_opened_through_a_proxy(names, tmp_path, monkeypatch):
     for name in names:

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import small_clip
+from conftest import randn, small_clip
 from test_train import a_step, csv_config, gradients
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from engine.config import METHODS, Config
+from engine import optim
+from engine.config import METHODS, RECIPES, Config
 from engine.experiment import read_log
 from engine.files import ModelError
 from engine.optim import TrainState, compile_encoders, finite, learning_rate, parameter_groups, train_mode
+from engine.scoring import Expectation, best_of, noise_bank, scores
 from model import TMASS
 
 
@@ -62,11 +65,13 @@ def test_state_comes_back_and_a_foreign_one_gives_one_sentence():
     other.load(saved)
     assert (other.step, other.best, other.val, other.validated) == (3, 12.0, {"t2v": {}}, 2)
     assert str(other.state_dict()) == str(one.state_dict())
-    for spoilt in ({**saved, "model": {}}, {name: x for name, x in saved.items() if name != "guard"}):
+    spoilt = [{name: x for name, x in saved.items() if name != "guard"}, saved | {"optimizer": 3}]
+    spoilt += [saved | {name: value} for name in ("model", "guard", "step", "val") for value in ([], "3")]
+    for content in spoilt:
         with pytest.raises(
             ModelError, match=r"last\.pt does not fit this model \(.*\): another version wrote it"
         ):
-            other.load(spoilt)
+            other.load(content)
 
 
 # ---------------------------------------------------------------------------------------------- compilation
@@ -147,6 +152,51 @@ def test_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, options, wh
     assert not torch.equal(after.model.logit_scale, bad.model.logit_scale)
     if options.get("amp") == "fp16":
         assert bad.scaler.get_scale() == before.scaler.get_scale() / 2
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_step_is_skipped_where_adamw_does_not_read_found_inf(monkeypatch, amp):
+    """As on MPS. Simulated on the CPU: AdamW loses what was set."""
+    monkeypatch.setattr(optim, "READS_FOUND_INF", ())
+    normal, take_step, calls = train.forward, torch.optim.AdamW.step, []
+
+    def broken(*arguments):
+        calls.append(1)
+        loss, parts = normal(*arguments)
+        return loss * (torch.nan if len(calls) == 6 else 1), parts
+
+    def blind(optimizer, *arguments):
+        optimizer.found_inf = None
+        return take_step(optimizer, *arguments)
+
+    monkeypatch.setattr(train, "forward", broken)
+    monkeypatch.setattr(torch.optim.AdamW, "step", blind)
+    before, bad, after = (a_step(steps=steps, amp=amp)[0] for steps in (5, 6, 7) if not calls.clear())
+    values = zip(before.model.state_dict().values(), bad.model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in values)
+    assert str(before.optimizer.state_dict()["state"]) == str(bad.optimizer.state_dict()["state"])
+    assert bad.guard.read()[0] == 1 + before.guard.read()[0] and bad.step == 6
+    assert not torch.equal(after.model.logit_scale, bad.model.logit_scale)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a tensor of float64 is computed, which MPS does not have."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, function
+        return out
+
+
+@pytest.mark.parametrize("options", [dict(), RECIPES["best"], dict(pairs="every", prior="uniform")])
+def test_a_step_and_scores_need_no_float64(options):
+    best_of(20)  # once, on the CPU
+    with NoFloat64():
+        state, _ = a_step(**options)
+        text, frames = randn(5, 24), randn(4, 3, 24)
+        for noise in (noise_bank(20, 24, 0), Expectation(20)):
+            scores(state.model.eval(), text, frames, noise)
 
 
 def test_many_such_steps_in_a_row_end_training_with_the_clips(config, monkeypatch):

@@ -1,5 +1,7 @@
 """Pictures: each is a PNG of the numbers it was given, written whole or not at all."""
 
+import warnings
+
 import matplotlib
 import numpy as np
 import pytest
@@ -50,6 +52,62 @@ def test_contact_sheet_shows_the_best_clips_of_random_captions(tmp_path, drawn):
     assert framed == [
         video == owner[t] for t, pair in zip(texts, zip(asked[::2], asked[1::2])) for video in pair
     ]
+
+
+def frame(video: int) -> np.ndarray:
+    return np.zeros((2, 4, 6, 3), np.uint8)
+
+
+def test_contact_sheet_frames_the_other_clips_that_fit(tmp_path, drawn):
+    scores, relevant = torch.tensor([[4.0, 3, 2, 1]]), torch.tensor([[False, True, True, False]])
+    for known in (None, relevant):
+        contact_sheet(tmp_path / "sheet.png", scores, torch.tensor([2]), ["a cat"], frame, known, shown=4)
+    for figure, solid in zip(drawn, ([[], [], [True], []], [[], [False], [True], []])):
+        assert [[p.get_linestyle() == "-" for p in axis.patches] for axis in figure.axes[1:]] == solid
+
+
+CAPTIONS = [
+    "pays $5 and then $6", "$\\frac{$", "$$", "a_b^{c % # &", "two\nlines\tand\r\na null \x00",
+    "x" * 3000, "word " * 1000, "a smile \U0001f600", "half a character \ud83d", "", "男人在弹吉他。" * 20,
+]  # fmt: skip
+
+
+def test_every_caption_is_drawn_as_it_is(tmp_path, drawn):
+    """Dollar signs are no formula, and a character without a glyph gives no warning."""
+    count = len(CAPTIONS)
+    with warnings.catch_warnings(action="error"):
+        contact_sheet(
+            tmp_path / "sheet.png", randn(count, 2), torch.zeros(count, dtype=torch.long), CAPTIONS,
+            frame, queries=count, shown=1,
+        )  # fmt: skip
+    shown = [axis.texts[0].get_text() for axis in drawn[0].axes if axis.texts]
+    assert shown[:2] == ["pays $5 and then $6\n", "$\\frac{$\n"]
+    assert shown[4].startswith("two lines and a null")
+    assert all(len(text.split("\n")) <= 5 and len(text) < 140 for text in shown)
+
+
+def test_wide_characters_take_two_places():
+    assert plots.wrap("word " * 100).split("\n")[0] == "word word word word word word"
+    assert {len(line) for line in plots.wrap("男" * 100).split("\n")[:3]} == {15}
+
+
+def test_no_picture_reads_formulas(tmp_path, drawn):
+    """Names of rows, panels and axes; and matplotlib's own formulas, such as 10^2, are plain numbers."""
+    odd = "$\\frac{$"
+    plot_rows(tmp_path / "a.png", {odd: {odd: [1.0, 2]}}, (odd,))
+    plot_rows(tmp_path / "b.png", {f"{odd}, {odd} = 1": {odd: [1.0]}}, (odd,), {f"{odd}, {odd} = 1": 1}, odd)
+    plot_histograms(tmp_path / "c.png", {odd: {odd: [100.0]}}, {odd: np.array([0.0, 1])})
+    plot_curves(tmp_path / "d.png", {odd: {odd: {0: [(1, 2.0)]}}})
+    rank_histogram(tmp_path / "e.png", torch.tensor([1.0, 200]), 3000)
+    labels = [label.get_text() for label in drawn[-1].axes[0].get_xticklabels()]
+    assert {"1", "10", "100", "1000"} <= {*labels}
+
+
+def test_a_users_settings_of_formulas_and_latex_do_not_matter(tmp_path):
+    with matplotlib.rc_context({"text.usetex": True, "text.parse_math": True}):
+        plot_losses(tmp_path / "loss.png", [{"step": 1, "loss": 2.0}])
+        assert matplotlib.rcParams["text.usetex"]  # unchanged
+    assert is_png(tmp_path / "loss.png")
 
 
 def test_rank_histogram_counts_all_captions(tmp_path, drawn):

@@ -14,11 +14,13 @@ from conftest import ROOT
 ROWS = [
     ["engine.files", "losses", "model", "shapes"],
     ["engine.distributed", "engine.backbone", "engine.metrics", "engine.scoring", "engine.plots"],
-    ["engine.datasets"],
+    ["engine.pictures", "engine.ffmpeg", "engine.tables", "engine.uneven", "engine.folder"],
+    ["engine.video", "engine.finding"],
+    ["engine.datasets", "engine.scenes"],
     ["engine.frames", "engine.config"],
     ["data", "engine.checkpoint"],
     ["engine.features", "engine.optim", "engine.experiment"],
-    ["evaluate", "train"],
+    ["engine.tiny_clip", "evaluate", "train"],
     ["reproduce", "engine.library", "engine.server", "search"],
 ]
 ROW = {module: number for number, row in enumerate(ROWS) for module in row}
