@@ -15,6 +15,7 @@ import collections
 import contextlib
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -515,6 +516,9 @@ def serve(config: ServeConfig) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Wrong input ends it with one sentence and exit code 1."""
     commands = {"index": index, "query": query, "check": check, "serve": serve}
+    for stream in (sys.stdout, sys.stderr):  # as in engine/__init__.py, if they were replaced since
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     cli = functools.partial(tyro.extras.subcommand_cli_from_dict, config=(tyro.conf.OmitArgPrefixes,))
     try:
         sys.exit(cli(commands, args=arguments, description=__doc__))

@@ -42,15 +42,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         (torch.zeros(1, device=device) + 1).item()
     except NO_DEVICE as error:
-        what = f"--device {name}: torch cannot compute there ({_first_line(error):.100})"
-        raise ModelError(f"{what}; choose {', '.join(['auto', 'cpu', *_present()])}.") from None
+        kinds = {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}
+        found = [kind for kind, module in kinds.items() if module.is_available()]
+        missing = name.partition(":")[0] in {*kinds} - {*found}
+        reason = "it finds no such device on this machine" if missing else _first_line(error)
+        advice = f"choose {', '.join(['auto', 'cpu', *found])}"
+        raise ModelError(f"--device {name}: torch cannot compute there ({reason:.100}); {advice}.") from None
     return device
-
-
-def _present() -> list[str]:
-    """The kinds of GPU that torch finds on this machine."""
-    found = {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}
-    return [name for name, module in found.items() if module.is_available()]
 
 
 def init_distributed(device: str) -> None:

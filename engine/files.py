@@ -46,7 +46,7 @@ def not_found(path: Path) -> str:
 
 def printable(text: str) -> str:
     """The text with "?" for control characters and for bytes of a file name that are not UTF-8."""
-    return re.sub(r"[\x00-\x1f\x7f]", "?", text).encode(errors="replace").decode()
+    return re.sub(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]", "?", text).encode(errors="replace").decode()
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object], sync: bool = True) -> None:
