@@ -26,6 +26,7 @@ from engine.backbone import count_tokens, tokenize
 from engine.datasets import DATASETS, SPLITS, Clip, cache_folder, find_dataset, open_files, read_clips
 from engine.datasets import of_split as of_split  # "as": a re-export, used as data.of_split
 from engine.datasets import read_csv as read_csv
+from engine.distributed import loaded
 from engine.files import PICTURE_SUFFIXES, DataError
 from engine.files import stem as stem
 from engine.frames import CHOICES, FrameCache, count_packets, decode_frames, in_parallel
@@ -158,7 +159,7 @@ def batches(
 ) -> Iterator[tuple[UInt8[Tensor, "videos frames 3 size size"], Int[Tensor, "texts tokens"]]]:
     """Loads the given batches in order; `workers` processes load them in advance. Raises DataError."""
     options = dict(batch_size=None, num_workers=workers, pin_memory=pin_memory)
-    for batch in torch.utils.data.DataLoader(_Batches(dataset, indices), **options):
+    for batch in loaded(torch.utils.data.DataLoader(_Batches(dataset, indices), **options)):
         if isinstance(batch, DataError):
             raise batch
         yield batch
@@ -228,9 +229,7 @@ def check(
     if empty:
         print(f"training cannot start: no clip of split {empty} can be read.")
     elif first:
-        print(
-            "training can start: it skips and lists such clips; evaluate.py needs --allow-missing for them."
-        )
+        print("training can start: it skips and lists such clips; evaluate.py needs --allow-missing.")
     else:
         print("\ntraining can start.")
     return 1 if empty else 0
