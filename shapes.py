@@ -35,7 +35,8 @@ VARIANTS, PANORAMA = 8, 2 * SIZE  # backgrounds a place; their width in pixels
 SPLITS = {"train": 3000, "val": 500, "test": 500}
 CAPTIONS = 5  # of a clip
 MARK = "shapes.txt"  # says what was rendered into the folder
-VERSION = 1  # raise it when drawings, captions or files change: older folders are then rendered again
+VERSION = 1  # of scenes and captions; another one gives other clips
+DRAWING = 2  # of pictures and files; folders of another version or drawing are rendered again
 
 # Every attribute value with the words captions use for it.
 COLOURS = {
@@ -196,7 +197,7 @@ def perfect_retriever(seed: int = 0, split: str = "test") -> dict[str, float]:
     """Returns the text-to-video metrics of a retriever that understands every caption and clip of a split.
 
     A clip fits a caption when the mentioned scenes are found in it, in order. The n clips that fit one rank
-    before all others, in any order: expected R@K = min(1, K / n), in percent; expected rank = (n + 1) / 2."""
+    before all others, tied, as engine/metrics.py counts ties: R@K = min(1, K / n), rank (n + 1) / 2."""
     clips = [make_clip(seed, number) for number in numbers(split)]
     captions = [caption.mentions for clip in clips for caption in clip.captions]
     n = fits(captions, [clip.scenes for clip in clips]).sum(axis=1)
@@ -380,6 +381,11 @@ def _sprite(colour: str, shape: str) -> Image.Image:
     return sprite.resize((128, 128), Image.Resampling.LANCZOS)
 
 
+@functools.cache
+def _scaled_sprite(colour: str, shape: str, pixels: int) -> Image.Image:
+    return _sprite(colour, shape).resize((pixels, pixels), Image.Resampling.BILINEAR)
+
+
 def draw_frame(scene: Scene, time: float) -> Image.Image:
     """Returns the picture, SIZE x SIZE, of a scene at `time`, from 0 (its start) to 1 (its end)."""
     a, b, c, d, e, f = scene.jitter
@@ -394,9 +400,10 @@ def draw_frame(scene: Scene, time: float) -> Image.Image:
         size = 0.2 + 0.65 * time
     else:
         turn = (360 + 180 * e) * time * (1 if d < 0.5 else -1)
-    sprite = _sprite(scene.colour, scene.shape).rotate(turn, Image.Resampling.BICUBIC)
     pixels = round(size * SIZE)
-    sprite = sprite.resize((pixels, pixels), Image.Resampling.BILINEAR)
+    sprite = _scaled_sprite(scene.colour, scene.shape, pixels)
+    if turn:
+        sprite = sprite.rotate(turn, Image.Resampling.BICUBIC)
     image.paste(sprite, (round(x * SIZE - pixels / 2), round(y * SIZE - pixels / 2)), sprite)
     return image
 
@@ -481,8 +488,8 @@ def render(folder: Path | str, seed: int = 0) -> Path:
     renamed at the end, so `folder` is complete or absent. Raises FileExistsError if it holds other files."""
     folder = Path(folder)
     mark = folder / MARK
-    stamp = f"shapes, version {VERSION}, seed {seed}, {SPLITS}\n"
-    if mark.exists() and mark.read_text().replace(", 9000 pictures", "") == stamp:  # version 0.1 had pictures
+    stamp = f"shapes, version {VERSION}, drawing {DRAWING}, seed {seed}, {SPLITS}\n"
+    if mark.exists() and mark.read_text() == stamp:
         return folder
     if folder.exists() and not mark.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something else than the built-in clips: name another --data.")
