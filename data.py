@@ -3,8 +3,7 @@
     python data.py check --dataset msrvtt        # reports what is there, and whether training can start
     python data.py cache --dataset msrvtt        # decodes every clip once, before training
 
-The annotation files are read in engine/datasets.py, videos are decoded in engine/frames.py. A mistake in the
-input raises DataError: one sentence that says what to do.
+Annotation files are read in engine/datasets.py, videos in engine/frames.py. Wrong input raises DataError.
 """
 
 import functools
@@ -26,11 +25,11 @@ from engine.backbone import count_tokens, tokenize
 from engine.datasets import DATASETS, SPLITS, Clip, cache_folder, find_dataset, open_files, read_clips
 from engine.datasets import of_split as of_split  # "as": a re-export, used as data.of_split
 from engine.datasets import read_csv as read_csv
-from engine.distributed import loaded
+from engine.distributed import ignore_signals, loaded
+from engine.ffmpeg import LIMITS, Limits, set_limits
 from engine.files import PICTURE_SUFFIXES, DataError
 from engine.files import stem as stem
 from engine.frames import CHOICES, FrameCache, count_packets, decode_frames, in_parallel
-from engine.frames import duration as duration
 from engine.frames import resize as resize
 from engine.frames import segment_midpoints as segment_midpoints
 from engine.uneven import deal_batches
@@ -84,12 +83,11 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 # ---- batches
 
 Images = UInt8[Tensor, "frames 3 size size"] | Float[Tensor, "frames dim"]  # of one clip, or their features
+Batch = list[tuple[int, int]]  # numbers of (clip, caption)
 Tokens = Int[Tensor, " tokens"] | Float[Tensor, " dim"]  # of one caption, or its features
 
 
-def epoch_batches(
-    clips: Sequence[Clip], batch_size: int, seed: int, epoch: int
-) -> list[list[tuple[int, int]]]:
+def epoch_batches(clips: Sequence[Clip], batch_size: int, seed: int, epoch: int) -> list[Batch]:
     """The batches of one epoch as (clip, caption) numbers: no caption twice, and no clip twice in a batch.
 
     Two captions of a clip in one batch would be false negatives of each other. So an epoch has rounds: each
@@ -153,12 +151,12 @@ class ClipDataset(torch.utils.data.Dataset):
 
 def batches(
     dataset: ClipDataset,
-    indices: list[list[tuple[int, int]]] | list[list[int]],
+    indices: list[Batch] | list[list[int]],
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[tuple[UInt8[Tensor, "videos frames 3 size size"], Int[Tensor, "texts tokens"]]]:
     """Loads the given batches in order; `workers` processes load them in advance. Raises DataError."""
-    options = dict(batch_size=None, num_workers=workers, pin_memory=pin_memory)
+    options = dict(batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=ignore_signals)
     for batch in loaded(torch.utils.data.DataLoader(_Batches(dataset, indices), **options)):
         if isinstance(batch, DataError):
             raise batch
@@ -191,6 +189,7 @@ def check(
     annotations: Path | None = None,
     videos: Path | None = None,
     read: bool = True,
+    limits: Limits = LIMITS,
 ) -> int:
     """Reports what of a data set is there, and the first problem. Exit code 0: training can start.
 
@@ -201,6 +200,7 @@ def check(
         videos: the folder of videos, if it is another one
         read: open every video (otherwise only look whether it exists)
     """
+    set_limits(limits.max_pixels, limits.time_limit)
     if needs := find_dataset(dataset).needs:
         files = open_files(dataset, data, annotations, videos)
         for name in needs:
@@ -224,14 +224,12 @@ def check(
         print(row(split, len(own), missing, unreadable, len(captions), *numbers))
     first = next((problem for problem in problems if problem), None)
     empty = next((split for split in ("train", "val") if not usable[split]), None)
-    if first:
-        print(f"\nfirst problem: {first}")
+    print(f"\nfirst problem: {first}" if first else "")
     if empty:
         print(f"training cannot start: no clip of split {empty} can be read.")
-    elif first:
-        print("training can start: it skips and lists such clips; evaluate.py needs --allow-missing.")
     else:
-        print("\ntraining can start.")
+        skips = ": it skips and lists such clips; evaluate.py needs --allow-missing" if first else ""
+        print(f"training can start{skips}.")
     return 1 if empty else 0
 
 
@@ -263,6 +261,7 @@ def cache(
     arch: str = "ViT-B/32",
     weights: Path | None = None,
     device: str = "auto",
+    limits: Limits = LIMITS,
 ) -> int:
     """Decodes every clip once into DATA/cache; continues after a stop. Exit code 1: some clips failed.
 
@@ -279,11 +278,12 @@ def cache(
         weights: file of CLIP weights, for machines without network
         device: auto, cpu, cuda: where features are computed
     """
+    set_limits(limits.max_pixels, limits.time_limit)
     if features:
         flags = dict(dataset=dataset, data=data, annotations=annotations, videos=videos, arch=arch)
         flags |= dict(num_frames=num_frames, sampling=sampling, weights=weights, device=device)
         return _cache_features(flags)
-    size = size or (64 if dataset in ("shapes", "pictures") else 224)
+    size = size or (64 if dataset == "shapes" else 224)
     clips = read_clips(dataset, data, annotations, videos)
     frames = FrameCache(cache_folder(dataset, data, videos), num_frames, size, CHOICES[sampling])
     return report(frames, clips, frames.fill(clips))
@@ -318,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in commands.values():
         command.__doc__ = command.__doc__.replace("DATASETS", ", ".join(DATASETS))
     try:
-        sys.exit(tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__))
+        cli = functools.partial(tyro.extras.subcommand_cli_from_dict, config=(tyro.conf.OmitArgPrefixes,))
+        sys.exit(cli(commands, args=arguments, description=__doc__))
     except ValueError as error:  # DataError
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

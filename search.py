@@ -38,13 +38,12 @@ from tqdm.auto import tqdm
 
 import shapes
 from data import center_crop, normalise
-from engine import server
+from engine import ffmpeg, server
 from engine.backbone import autocast, count_tokens, load_clip, tokenize, unknown_words
 from engine.checkpoint import latest_run, open_checkpoint
 from engine.config import EvaluationConfig, prior_of
 from engine.datasets import Clip, read_lines
 from engine.distributed import choose_device
-from engine.ffmpeg import check_ffmpeg
 from engine.files import DataError, ModelError, printable
 from engine.folder import Folder, scan
 from engine.frames import decode_frames, in_parallel
@@ -58,6 +57,7 @@ LONGEST = 2000  # characters of a query, at most; the model reads 77 tokens
 LIMITS: dict[str, tuple[int, float]] = {
     **dict.fromkeys(("k", "shortlist", "queries"), (1, math.inf)),
     **dict(M=(0, 10_000), seed=(0, 2**63 - 1), batch=(1, 10_000), num_frames=(1, 1000), port=(0, 65_535)),
+    **dict(max_pixels=(1, math.inf), time_limit=(0, math.inf)),
 }
 
 # --------------------------------------------------------------------------------- the model, and its answers
@@ -301,6 +301,8 @@ class IndexConfig:
     scenes: bool = False  # split files into scenes (scenedetect)
     moved: bool = False  # the library's folder was moved to this place
     retry: bool = False  # read broken files again, even if they have not changed
+    max_pixels: int = ffmpeg.MAX_PIXELS  # of a frame; a video with larger frames is refused
+    time_limit: float = ffmpeg.TIME_LIMIT  # seconds to read a file, plus 300 a MiB of it; longer: refused
     hidden: bool = False  # also take hidden, trash and thumbnail folders and hidden files
     batch: int = 16  # clips encoded at once
     device: str = "auto"  # auto, cpu, cuda
@@ -318,7 +320,8 @@ def index(config: IndexConfig) -> int:
         raise DataError(f"{folder} is not a folder: name the folder of your videos.")
     if (config.scenes and config.window is not None) or not 0 <= (config.window or 0) < float("inf"):
         raise DataError("--window takes seconds, 0 or more, and not beside --scenes.")
-    check_ffmpeg()
+    ffmpeg.check_ffmpeg()
+    ffmpeg.set_limits(config.max_pixels, config.time_limit)
     found = scan(folder, config.hidden)
     if not found.videos and "://" not in config.library and not os.path.exists(config.library):
         raise DataError(found.nothing())

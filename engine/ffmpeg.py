@@ -24,9 +24,10 @@ from jaxtyping import UInt8
 
 from engine.files import DataError, not_found
 
-# Limits. TMASS_MAX_PIXELS and TMASS_TIME_LIMIT, variables of the environment, replace them.
-max_pixels = int(os.environ.get("TMASS_MAX_PIXELS", 36_000_000))  # of a frame, at most; 8K is 8192 x 4320
-time_limit = float(os.environ.get("TMASS_TIME_LIMIT", 120))  # seconds to read a file, plus 300 a MiB of it
+MAX_PIXELS, TIME_LIMIT = 36_000_000, 120.0  # defaults of the flags; 8K is 8192 x 4320
+# The limits of this process, from the environment, through which `set_limits` reaches its worker processes.
+max_pixels = int(os.environ.get("TMASS_MAX_PIXELS", MAX_PIXELS))  # of a frame, at most
+time_limit = float(os.environ.get("TMASS_TIME_LIMIT", TIME_LIMIT))  # seconds to read a file, plus 300 a MiB
 
 LEAST_FFMPEG = 7
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,asf,flv,ogg,gif,mxf,dv,ivf,nut,rm,wtv"
@@ -38,6 +39,24 @@ RAW = "-fps_mode passthrough -noautoscale -c:v rawvideo -pix_fmt rgb24 -f rawvid
 Frame = UInt8[np.ndarray, "_ _ 3"]  # its height and width differ from frame to frame
 _running: set[subprocess.Popen] = set()
 _stopping = threading.Event()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a video file may take, as flags."""
+
+    max_pixels: int = MAX_PIXELS  # of a frame; a video with larger frames is refused
+    time_limit: float = TIME_LIMIT  # seconds to read a file, plus 300 a MiB of it; longer: refused
+
+
+LIMITS = Limits()
+
+
+def set_limits(pixels: int, seconds: float) -> None:
+    """Sets --max-pixels and --time-limit of this process and of those that it starts."""
+    global max_pixels, time_limit
+    max_pixels, time_limit = pixels, seconds
+    os.environ.update(TMASS_MAX_PIXELS=str(pixels), TMASS_TIME_LIMIT=str(seconds))
 
 
 # ---- what ffmpeg says
@@ -300,7 +319,7 @@ class Run:
         if self.expired:
             seconds = f"{time_limit:g} s and 300 s for each MiB"
             what = f"{path} takes longer to decode than {seconds}"
-            raise DataError(f"{what}: raise TMASS_TIME_LIMIT, or replace it.")
+            raise DataError(f"{what}: raise --time-limit, or replace it.")
         if log.too_large:
             raise TooLarge(log.too_large)
         if (stream := self._default()) is not None:

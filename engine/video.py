@@ -175,7 +175,7 @@ def _attempt(video: Video, work: Callable):
             except TooLarge as error:
                 large = error.args[0]
     what = f"has frames of {large} pixels, more than the limit of {ffmpeg.max_pixels:,}"
-    raise DataError(f"{video.path} {what}: raise TMASS_MAX_PIXELS, or replace it.")
+    raise DataError(f"{video.path} {what}: raise --max-pixels, or replace it.")
 
 
 def _decode(video: Video, num_frames: int, start: float, end: float | None, keep: Callable) -> list[Frame]:
