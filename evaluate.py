@@ -24,17 +24,19 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from engine import distributed
 from engine.backbone import autocast, fingerprint
 from engine.checkpoint import OTHER_TINY, latest_run, open_checkpoint, other_tiny_clip
 from engine.config import EvaluationConfig, check_config, label, method_of, parse_evaluation, prior_of
-from engine.datasets import DATASETS, Clip, cache_folder, of_split, read_clips
-from engine.distributed import choose_device, gather, gather_objects, init_distributed, rank_and_world, shard
+from engine.datasets import DATASETS, Clip, cache_folder, of_split, read_clips, with_validation
+from engine.distributed import choose_device, enough_memory, gather, gather_objects, rank_and_world, shard
 from engine.features import FeatureCache, Features, extract_features, feature_cache
 from engine.files import DataError, ModelError, write_atomic, writing
-from engine.frames import FrameCache
-from engine.metrics import dual_softmax, relevance_metrics, retrieval_metrics, table, text_to_video_ranks
+from engine.frames import FrameCache, set_limits
+from engine.metrics import dsl_scores, relevance_metrics, retrieval_metrics, table, text_to_video_ranks
+from engine.metrics import dual_softmax as dual_softmax  # "as": a re-export
 from engine.plots import contact_sheet, rank_histogram
-from engine.scoring import Expectation, PairNoise, best_of, default_block, noise_bank, scores
+from engine.scoring import Expectation, PairNoise, best_of, default_block, no_overflow, noise_bank, scores
 from losses import cosine_scores
 from model import TMASS, stochastic_text
 
@@ -60,15 +62,14 @@ def scores_literal(
 
         score[i, j] = max_m cos(t_s, v),    v = psi(t_i, frames_j),    t_s = t_i + R(t_i, frames_j) eps_m
 
-    Both v and t_s belong to the pair (i, j). The released evaluator pools video j by its own caption for all
-    texts, which leaks the pairing. Without a mass, or with M = 0, t itself is scored. Dropout counts:
-    call model.eval() first."""
+    Both v and t_s belong to the pair (i, j). The released evaluator pools video j by its own caption, which
+    leaks the pairing. Without a mass, or with M = 0, t itself is scored. Call model.eval() first."""
     video = model.fusion(text, frames)  # (texts, videos, dim)
     if model.radius is None or len(noise) == 0:
         return cosine_scores(text, video)
     radius = model.radius(text, frames, video)  # (texts, videos, dim)
     t_s = stochastic_text(text, radius, noise)  # (M, texts, videos, dim)
-    return torch.stack([cosine_scores(draw, video) for draw in t_s]).amax(dim=0)
+    return torch.stack([cosine_scores(draw, video) for draw in t_s]).amax(dim=0) + no_overflow(radius)
 
 
 # ---------------------------------------------------------------------------------- what is scored: features
@@ -92,6 +93,7 @@ class Opened:
 
 def open_run(config: EvaluationConfig, path: Path) -> Opened:
     """Opens a checkpoint and computes the features of the split's clips. Raises DataError and ModelError."""
+    set_limits(config.max_pixels, config.time_limit)
     device = choose_device(config.device)
     model, trained, file = open_checkpoint(path)
     model = model.to(device)
@@ -103,7 +105,10 @@ def open_run(config: EvaluationConfig, path: Path) -> Opened:
         raise ModelError(f"{file} does not say which data set it is for: {advice}.")
     sources = [getattr(config, name) or trained.get(name) for name in ("annotations", "videos")]
     annotations, videos = (Path(source) if source else None for source in sources)
-    clips = of_split(read_clips(dataset, config.data, annotations, videos), config.split)
+    clips = read_clips(dataset, config.data, annotations, videos)
+    if config.split == "val" and dataset == trained.get("dataset"):  # what this run was validated on
+        clips = with_validation(clips, trained.get("val", "official"), trained.get("seed", 0))
+    clips = of_split(clips, config.split)
     if config.captions != "all":
         clips = [replace(clip, captions=_one_caption(clip, config.captions)) for clip in clips]
     if config.protocol == "released" and any(len(clip.captions) != 1 for clip in clips):
@@ -174,13 +179,10 @@ def measure(config: EvaluationConfig, opened: Opened, matrix: Float[Tensor, "tex
     """Returns retrieval_metrics, with --dsl those of the dual softmax, and relevance_metrics if relevance is
     known (the built-in clips). Raises ModelError for NaN scores."""
     owner, scale = opened.features.owner, opened.model.logit_scale.exp().item()
-    texts = dual_softmax(matrix, scale) if config.dsl else matrix  # a text ranks the videos
-    videos = dual_softmax(matrix.T, scale).T if config.dsl else matrix
+    texts, videos = dsl_scores(matrix, config.dsl, scale)  # for queries that are texts, videos
     try:
-        metrics = {
-            "t2v": retrieval_metrics(texts, owner)["t2v"],
-            "v2t": retrieval_metrics(videos, owner)["v2t"],
-        }
+        metrics = {"t2v": retrieval_metrics(texts, owner)["t2v"]}
+        metrics["v2t"] = retrieval_metrics(videos, owner)["v2t"]
         if opened.relevant is not None:
             metrics["t2v"] |= relevance_metrics(texts, opened.relevant)
     except ValueError as error:
@@ -252,8 +254,8 @@ def describe(config: EvaluationConfig, opened: Opened) -> str:
             parts.append("expected")
         elif config.noise == "independent":
             parts.append("independent noise")
-    if config.dsl:
-        parts.append("DSL (transductive)")
+    if config.dsl != "none":
+        parts.append(f"DSL {config.dsl} (transductive)")
     if config.protocol == "released":
         parts.append("LEAKS")
     if len(opened.clips) < opened.listed:
@@ -297,8 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_evaluation(arguments, __doc__)
     try:
         check_config(config)
-        init_distributed(config.device)
-        with warnings_as_notes():
+        distributed.init_distributed(config.device)
+        with warnings_as_notes(), enough_memory("lower --batch, or use --amp bf16"):
             results = [evaluate(config, path) for path in config.checkpoint or (latest_run(),)]
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")

@@ -124,9 +124,10 @@ class ScalarRadius(Radius):
 
 
 class LinearRadius(Radius):
-    """R = exp(S W + b), the paper's: W (frames, dim) is learned.
+    """R = exp(S W + b), the paper's with the released code's bias b: W (frames, dim) is learned.
 
-    b is the released code's; it starts at log(initial), so R starts at about `initial` (1 in the paper)."""
+    b starts at log(initial), so R starts near `initial`. W starts at random, as torch's; in the released code
+    as the identity (--radius-start)."""
 
     def __init__(self, frames: int, dim: int, initial: float = 1.0):
         super().__init__(frames, dim)
@@ -224,7 +225,8 @@ class TMASS(nn.Module):
         x = clip.token_embedding(tokens) + clip.positional_embedding[: tokens.shape[1]]
         x = clip.transformer(x.transpose(0, 1)).transpose(0, 1)  # (texts, tokens, width)
         end = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
-        return (clip.ln_final(end) @ clip.text_projection).float()
+        with torch.autocast(x.device.type, enabled=False):
+            return clip.ln_final(end.float()) @ clip.text_projection.float()
 
     def encode_frames(self, images: Float[Tensor, "videos frames 3 height width"]) -> Frames:
         """f_i = phi_v(frame i), each frame by itself, not normalised."""

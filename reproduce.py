@@ -34,7 +34,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import train
-from engine.backbone import load_file
 from engine.checkpoint import OTHER_TINY, other_tiny_clip, save_checkpoint, to_record
 from engine.config import (
     METHODS,
@@ -49,6 +48,7 @@ from engine.distributed import choose_device
 from engine.experiment import read_log
 from engine.files import DataError, ModelError, write_atomic, writing
 from engine.plots import plot_curves, plot_histograms, plot_rows
+from engine.weights import load_file
 from evaluate import Opened, measure, open_run, score_all
 from model import RADII
 
@@ -100,7 +100,7 @@ class Table:
     note: str = ""  # how the experiment of the paper is read
 
 
-FORMS = {"fixed": "exp(mean S)", "scalar": "exp(theta mean S)", "linear": "exp(S W + b)"}  # R in the paper
+FORMS = {"fixed": "exp(mean S)", "scalar": "exp(theta mean S)", "linear": "exp(S W + b)"}  # b: the release's
 
 TABLES: dict[str, Table] = {
     "recipes": Table("X-Pool, the paper's recipe, the best recipe", (
@@ -169,7 +169,7 @@ class ReproduceConfig:
     data: Path = Path("data")  # as in train.py
     freeze: Literal["none", "vision", "clip"] | None = None  # default: clip on shapes, else the preset's
     split: Literal["test", "val"] = "test"  # make choices on val, report test
-    epochs: int | None = None  # passes over all captions; default: the preset's
+    epochs: int | None = None  # passes over the captions; default: the preset's
     batch: int | None = None  # text-video pairs per step; default: the preset's
     max_steps: int | None = None  # stop each run after this many steps
     out: Path = Path("runs/reproduce")  # cells, tables and figures, in a folder for each data set and arch
@@ -179,6 +179,7 @@ class ReproduceConfig:
 
 
 ADVICE = "free some space, or name another --out; finished cells are kept."
+SCORED = "scores-2"  # folder of a cell's results; another number when metrics change: all is scored anew
 # On the built-in clips psi and R train alone, on fixed features. Rates: tuned for X-Pool on validation.
 HEADS = dict(freeze="clip", batch=32, epochs=6, clip_lr=3e-4, head_lr=5e-4)
 
@@ -323,13 +324,13 @@ def one_caption(score: str) -> str:
 
 def score_file(cell: Path, split: str, key: str) -> Path:
     """Returns the file of a cell's result under one way to score it."""
-    return cell / "scores" / f"{split} {key}.json"
+    return cell / SCORED / f"{split} {key}.json"
 
 
 def seconds_of(cell: Path) -> float:
     """Returns the seconds that a cell's training and scoring took."""
     training = [json.loads(file.read_text()) for file in cell.glob("seconds.json")]
-    scoring = [json.loads(file.read_text())["seconds"] for file in cell.glob("scores/*.json")]
+    scoring = [json.loads(file.read_text())["seconds"] for file in cell.glob(f"{SCORED}/*.json")]
     return float(sum(training + scoring))
 
 

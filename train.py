@@ -30,12 +30,12 @@ from data import ClipDataset, epoch_batches, normalise
 from engine import distributed
 from engine.backbone import autocast, load_clip
 from engine.config import PRESETS, RECIPES, Config, check_config, label, loss_weights, parse, preset
-from engine.datasets import Clip, cache_folder, of_split, read_clips
+from engine.datasets import Clip, cache_folder, of_split, read_clips, with_validation, without
 from engine.distributed import gather, gather_features, shard
 from engine.experiment import LOG_EVERY, Interrupt, Run, read_log, say, stage
 from engine.features import extract_features, feature_cache
 from engine.files import DataError, ModelError
-from engine.frames import CHOICES, FrameCache
+from engine.frames import CHOICES, FrameCache, set_limits
 from engine.metrics import retrieval_metrics
 from engine.optim import TrainState, batch_norms, compile_encoders, finite, learning_rate, train_mode
 from engine.scoring import Expectation, noise_bank, scores
@@ -80,7 +80,7 @@ def forward(model: TMASS, text: Text, frames: Frames, config: Config) -> tuple[T
     video = model.fusion(text, frames)  # v = psi(t, f)
     radius = mass_scores = t_sup = None
     if model.radius is not None:
-        radius = model.radius(text, frames, video)  # R = exp(S W + b) in the paper
+        radius = model.radius(text, frames, video)  # R = exp(S W + b), W and b learned
         t_sup = support_text(text, matched(video), matched(radius))
         mass_scores = score_mass(text, radius, video, config)  # cos(t_s, v)
     symbols = dict(text=text, video=video, radius=radius, mass_scores=mass_scores, t_sup=t_sup)
@@ -127,6 +127,7 @@ def train_step(
 # --------------------------------------------------------------------------------------------------- the loop
 
 
+@distributed.enough_memory("lower --micro-batch or --batch, or use --amp bf16")
 def train(config: Config) -> Path:
     """Trains a model. Returns the run's folder: last.pt, best.pt, metrics.jsonl, data.json, loss.png.
 
@@ -140,7 +141,8 @@ def train(config: Config) -> Path:
     run = Run(config, setup.dataset.clips, setup.val_clips, setup.skipped)
     if (last := run.last_state()) is not None:
         state.load(last)
-    run.start(label(model.arguments), device, state.step, state.validated, batches.total, batches.pairs)
+    sizes = batches.total, batches.per_epoch, batches.pairs
+    run.start(label(model.arguments), device, state.step, state.validated, *sizes)
     with Interrupt() as interrupt:
         if state.validated < state.step and batches.end_epoch(state.step):  # stopped in its validation
             validate_and_save(state, setup, run, config)
@@ -214,14 +216,18 @@ def validate(model: TMASS, clips: list[Clip], cache: FrameCache, config: Config)
 
 
 def validate_and_save(state: TrainState, setup: "Setup", run: Run, config: Config) -> None:
-    """Validates and saves last.pt; best.pt too at the highest R@1 + R@5 + R@10 so far."""
+    """Validates and saves last.pt; best.pt too at the highest R@1 + R@5 + R@10 so far, or with --val none."""
     run.save("last.pt", state.model, **state.state_dict())  # a kill during the validation loses no step
-    state.val, state.validated = validate(state.model, setup.val_clips, setup.cache, config), state.step
-    run.log.row(step=state.step, val=state.val)
-    found = state.val["t2v"]
-    say(f"step {state.step}, validation: " + "  ".join(f"{name} {x:.1f}" for name, x in found.items()))
-    if (score := found["R@1"] + found["R@5"] + found["R@10"]) > state.best:
-        state.best = score
+    best = state.best
+    if setup.val_clips:
+        state.val = validate(state.model, setup.val_clips, setup.cache, config)
+        run.log.row(step=state.step, val=state.val)
+        found = state.val["t2v"]
+        say(f"step {state.step}, validation: " + "  ".join(f"{name} {x:.1f}" for name, x in found.items()))
+        best = found["R@1"] + found["R@5"] + found["R@10"]
+    state.validated = state.step
+    if not setup.val_clips or best > state.best:
+        state.best = best
         run.save("best.pt", state.model, step=state.step, val=state.val)
     run.save("last.pt", state.model, **state.state_dict())
 
@@ -257,6 +263,7 @@ class Setup:
 
 def prepare(config: Config, device: torch.device) -> Setup:
     """Reads the clips, builds the model, fills the caches. Raises DataError and ModelError."""
+    set_limits(config.max_pixels, config.time_limit)
     with distributed.local_rank_zero_first():
         clips, val_clips = read_data(config)  # before any weights are downloaded
         model = build(config).to(device)
@@ -279,16 +286,8 @@ def prepare(config: Config, device: torch.device) -> Setup:
 def read_data(config: Config) -> tuple[list[Clip], list[Clip]]:
     """The training and validation clips. Only evaluate.py reads the test split."""
     clips = read_clips(config.dataset, config.data, config.annotations, config.videos)
-    return of_split(clips, "train"), of_split(clips, "val")
-
-
-def without(clips: list[Clip], skipped: dict[str, str]) -> list[Clip]:
-    """The clips that are not skipped. Raises DataError if none is left."""
-    left = [clip for clip in clips if clip.id not in skipped]
-    if not left:
-        reason = skipped[clips[0].id]
-        raise DataError(f"none of the {len(clips)} {clips[0].split} clips can be read: {reason}")
-    return left
+    clips = with_validation(clips, config.val, config.seed)
+    return of_split(clips, "train"), [] if config.val == "none" else of_split(clips, "val")
 
 
 def build(config: Config) -> TMASS:
@@ -297,9 +296,12 @@ def build(config: Config) -> TMASS:
     torch.manual_seed(config.seed)
     sizes = (config.num_frames, config.heads, config.dropout, config.initial_radius)
     try:
-        return TMASS(clip, config.fusion, config.radius, *sizes)
+        model = TMASS(clip, config.fusion, config.radius, *sizes)
     except ValueError as error:  # such as heads that do not divide the channels
         raise ModelError(str(error)) from None
+    if config.radius_start == "identity":
+        nn.init.eye_(model.radius.linear.weight)  # W, (dim, frames) here
+    return model
 
 
 def check_setup(config: Config, setup: Setup) -> None:
@@ -309,7 +311,7 @@ def check_setup(config: Config, setup: Setup) -> None:
         advice = "leave out --micro-batch and start one process"
         raise ModelError(f"--method clip trains the batch norm of this CLIP, on whole batches: {advice}.")
     batches = epoch_batches(setup.dataset.clips, config.batch, config.seed, 0)
-    if world > min(len(setup.val_clips), *map(len, batches)):
+    if world > min(len(setup.val_clips) or world, *map(len, batches)):
         limit = "the pairs of a batch or the validation clips"
         raise ModelError(f"{world} processes are more than {limit}: start fewer.")
 

@@ -5,9 +5,10 @@
     model.safetensors     the weights; config.json beside it: the rest     save_pretrained
     model_best.pth        {"epoch", "state_dict", "optimizer"}             the released T-MASS and X-Pool code
 
-"model" is the state dict of TMASS, "arguments" are its arguments, "config" is the config it was trained with.
-A file loads strictly, all sizes are read from it, and no code in it is run. A checksum reveals damage: torch
-stores one of each part of a .pt file, config.json has one of itself and the weights. Old files have none."""
+"model" is the state dict of TMASS, "arguments" are its arguments (with "activation" if CLIP has GELU),
+"config" is the config it was trained with. A file loads strictly, all sizes are read from it, and no code in
+it is run. A checksum reveals damage: torch stores one of each part of a .pt file, config.json has one of
+itself and the weights. Old files have none."""
 
 import json
 import zlib
@@ -20,10 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine import backbone
-from engine.backbone import MISMATCH, clip_sizes, first_line, import_clip, laid_out, load_file
+from engine import backbone, weights
+from engine.backbone import activation_of, laid_out, new_clip
 from engine.config import METHODS, RANGES, Config, changes, plain, upgrade_config
 from engine.files import ModelError, write_atomic, writing
+from engine.weights import MISMATCH, first_line, load_file
 from model import TMASS
 
 NO_SPACE = "free some space there, or name another folder; an older file of this name is unchanged."
@@ -34,7 +36,7 @@ NO_SPACE = "free some space there, or name another folder; an older file of this
 
 def save_checkpoint(path: Path | str, model: TMASS, **more) -> None:
     """Writes a model, and `more` (plain values and tensors), atomically. Raises ModelError if it cannot."""
-    content = {"model": model.state_dict(), "arguments": model.arguments, **more}
+    content = {"model": model.state_dict(), "arguments": arguments_of(model), **more}
     with writing(Path(path), ModelError, NO_SPACE):
         write_atomic(Path(path), lambda file: torch.save(content, file))
 
@@ -44,20 +46,26 @@ def save_pretrained(model: TMASS, folder: Path | str, **more) -> None:
 
     Raises ModelError if they cannot be written."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    weights = safetensors.torch.save(state)
-    config = json.loads(json.dumps({"model_type": "tmass", "arguments": model.arguments, **more}))
-    config["checksum"] = checksum(config, [weights])
+    stored = safetensors.torch.save(state)
+    config = json.loads(json.dumps({"model_type": "tmass", "arguments": arguments_of(model), **more}))
+    config["checksum"] = checksum(config, [stored])
     text = json.dumps(config, indent=2) + "\n"
     # The large file first: if the disk is full, the older pair is unchanged.
-    for name, content in (("model.safetensors", weights), ("config.json", text.encode())):
+    for name, content in (("model.safetensors", stored), ("config.json", text.encode())):
         with writing(Path(folder) / name, ModelError, NO_SPACE):
             write_atomic(Path(folder) / name, content)
 
 
-def checksum(config: dict, weights: Iterable[bytes]) -> str:
+def arguments_of(model: TMASS) -> dict:
+    """Returns the arguments of a model as files hold them, with the activation of its CLIP if it is GELU."""
+    activation = activation_of(model.clip)
+    return {**model.arguments, **({"activation": activation} if activation != "quick_gelu" else {})}
+
+
+def checksum(config: dict, parts: Iterable[bytes]) -> str:
     """Returns the CRC-32 of a config, which JSON gave, and of the bytes of its weights: eight hex digits."""
     crc = zlib.crc32(json.dumps(config, sort_keys=True).encode())
-    for part in weights:
+    for part in parts:
         crc = zlib.crc32(part, crc)
     return f"{crc:08x}"
 
@@ -124,16 +132,16 @@ def build_from_checkpoint(content: dict, path: Path | str) -> TMASS:
     """Returns the model of a file's content, on the CPU, in eval mode. Raises ModelError, naming `path`."""
     try:
         if is_released(content):
-            mark = f"clip.{backbone.HUGGING_FACE_MARK}"
-            content = from_released(backbone.plain_names(content["state_dict"], mark))
+            mark = f"clip.{weights.HUGGING_FACE_MARK}"
+            content = from_released(weights.plain_names(content["state_dict"], mark))
         if missing := [name for name in ("model", "arguments") if not isinstance(content.get(name), dict)]:
             raise ValueError(f'it holds no dict "{missing[0]}"')
         arguments = upgrade(content)["arguments"]
-        state = backbone.plain_names(content["model"], "clip.ln_final.weight")
-        backbone.check_weights(state, path)
+        state = weights.plain_names(content["model"], "clip.ln_final.weight")
+        weights.check_weights(state, path)
         names = {name: name.removeprefix("clip.") for name in state if name.startswith("clip.")}
-        sizes = clip_sizes({short: state[name] for name, short in names.items()})
-        clip = laid_out(import_clip().model.CLIP(**sizes))
+        activation = arguments.pop("activation", "quick_gelu")
+        clip = laid_out(new_clip({short: state[name] for name, short in names.items()}, activation))
         try:
             check_arguments(arguments)
             model = TMASS(clip, **arguments)
@@ -223,7 +231,7 @@ def from_released(state: dict[str, Tensor]) -> dict:
     Without `stochastic` the file is X-Pool's, with 12 frames (the default). The file does not tell the noise
     of training: U(0, 1) by default, N(0, 0.003^2) for LSMDC. Raises KeyError for other models."""
     clip = {name.removeprefix("clip."): x for name, x in state.items() if name.startswith("clip.")}
-    names = {f"clip.{name}": value for name, value in backbone.from_hugging_face(clip).items()}
+    names = {f"clip.{name}": value for name, value in weights.from_hugging_face(clip).items()}
     for name, value in state.items():
         new = name
         for released, ours in RELEASED.items():
@@ -263,7 +271,7 @@ def load_state(path: Path, config: Config, fingerprint: str) -> dict:
     state = load_file(path)
     if not all(isinstance(state.get(name), dict) for name in ("model", "optimizer")) or "config" not in state:
         raise ModelError(f"{path} is not a last.pt of train.py: nothing to resume from; name another --out.")
-    backbone.check_weights(state["model"], path)
+    weights.check_weights(state["model"], path)
     recorded = recorded_config(state, path)
     if other_tiny_clip(recorded):
         raise ModelError(f"{path} {OTHER_TINY}: remove the run, or name another --out.")

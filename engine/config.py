@@ -5,12 +5,15 @@ A preset holds the settings of a data set, a recipe those of a way to train the 
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from engine.datasets import DATASETS
+from engine.ffmpeg import MAX_PIXELS, TIME_LIMIT
 from engine.files import ModelError
 from model import FUSIONS, RADII
 
@@ -19,7 +22,7 @@ from model import FUSIONS, RADII
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a training run. The defaults are the paper's; a preset replaces some."""
+    """All settings of a training run. docs/training.md compares them with the paper and the released code."""
 
     dataset: str = "shapes"
     """data set; shapes: built in, trains on a CPU in minutes; csv: your own"""
@@ -35,10 +38,11 @@ class Config:
     fusion: str = "xpool"
     """psi, which pools the frames of a video; xpool: text-conditioned attention; mean: mean pooling"""
     radius: str = "linear"
-    """R; fixed: exp(mean S); scalar: exp(theta mean S); linear: exp(S W + b), as in the paper; joint: from
-    t and v too, not in the paper; none: no mass"""
-    recipe: Literal["paper", "best"] = "paper"
-    """preset of the flags below for tmass; paper: as published; best: R from t and v, trained for ranking"""
+    """R; fixed: exp(mean S); scalar: exp(theta mean S); linear: exp(S W + b), the paper's with a bias; joint:
+    from t and v too, not in the paper; none: no mass"""
+    recipe: Literal["paper", "released", "best"] = "paper"
+    """preset of the flags below; paper: as published; released: as the authors' commands, also for xpool;
+    best: R from t and v, trained for ranking"""
     arch: str = "ViT-B/32"  # tiny, ViT-B/32, ViT-B/16, or a file of CLIP weights
     weights: Path | None = None  # file of CLIP weights, for machines without network
     freeze: Literal["none", "vision", "clip"] = "none"
@@ -49,6 +53,8 @@ class Config:
     heads: int = 1  # attention heads of psi
     dropout: float = 0.3  # dropout in psi
     initial_radius: float = 1.0  # exp(b) of linear and joint, close to R at the start of training
+    radius_start: Literal["random", "identity"] = "random"
+    """W of linear and joint; random: torch's; identity: 1 where channel k meets frame k, else 0 (released)"""
     prior: Literal["normal", "uniform"] = "normal"
     """eps ~ N(0, prior_std^2), the paper's; uniform: U(0, 1), the default of the released code"""
     prior_std: float = 1.0  # standard deviation of the normal prior
@@ -59,7 +65,7 @@ class Config:
     ce: float = 0.0  # weight of L_ce, the loss of t itself, next to L_s
     M: int = 20  # texts drawn per pair in validation; also the M of --pairs expected
 
-    epochs: int = 5  # passes over all captions
+    epochs: int = 5  # passes over the captions; each at most once a pass
     max_steps: int | None = None  # stop after this many steps; the schedule ends there too
     batch: int = 32  # text-video pairs per step
     clip_lr: float = 1e-6  # AdamW's learning rate of CLIP
@@ -67,9 +73,13 @@ class Config:
     radius_lr: float | None = None
     """learning rate of R; default: head_lr, at which W barely moves from its initialisation"""
     weight_decay: float = 0.2  # of all parameters, biases and norms included, as in the released code
+    adam_eps: float = 1e-8  # AdamW's eps; 1e-6 in the released code
     warmup: float = 0.1  # fraction of the steps in which the rate rises; then cosine decay
     grad_clip: float = 1.0  # largest gradient norm
     augment: bool = True  # random crops and flips, the same for all frames of a clip
+    val: str = "official"
+    """validation; official: the data set's own, else clips held out from training; a number: so many training
+    videos, chosen by the seed; none: train on held-out clips too, and best.pt is the last epoch's"""
     seed: int = 0  # of initialisation, order, augmentation, dropout and noise
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
@@ -79,11 +89,13 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of CLIP's encoders; auto: on CUDA
     workers: int = 0  # processes that load batches in advance
     save_every: int = 0  # steps between checkpoints, besides the one after each epoch
+    max_pixels: int = MAX_PIXELS  # of a frame; a video with larger frames is refused
+    time_limit: float = TIME_LIMIT  # seconds to read a file, plus 300 a MiB of it; longer: refused
 
 
 # The --fusion and --radius of each method.
 METHODS = {"clip": ("mean", "none"), "xpool": ("xpool", "none"), "tmass": ("xpool", "linear")}
-# Settings of a data set that differ from the defaults. LSMDC's rate is that of the released command.
+# Settings of a data set that differ from the defaults. LSMDC's rate is that of the released commands.
 PRESETS: dict[str, dict] = {
     **{name: dict(workers=8) for name in DATASETS if name != "csv"},
     "shapes": dict(
@@ -100,10 +112,21 @@ PRESETS: dict[str, dict] = {
 }
 # best: R reads t and v; a pair's training score is the expected best of M draws, so that R learns to rank.
 BEST = dict(radius="joint", pairs="expected", alpha=0.0, ce=0.5, radius_lr=1e-3)
-RECIPES: dict[str, dict] = {"paper": {}, "best": BEST}
+# released: what the released code of T-MASS trains with; and what its commands and X-Pool's say of a data set
+RELEASED = dict(alpha=0.0, prior="uniform", adam_eps=1e-6, radius_start="identity")
+COMMANDS: dict[tuple[str, str], dict] = {
+    ("tmass", "msrvtt"): dict(head_lr=3e-5, dropout=0.3, alpha=0.8),
+    ("tmass", "lsmdc"): dict(head_lr=1e-5, dropout=0.3, prior="normal", prior_std=0.003),
+    ("tmass", "didemo"): dict(head_lr=1e-5, dropout=0.4),
+    ("xpool", "msrvtt"): dict(head_lr=3e-5, dropout=0.3),
+    ("xpool", "msrvtt-7k"): dict(head_lr=1e-5, dropout=0.4),
+    ("xpool", "msvd"): dict(head_lr=1e-5, dropout=0.4),
+    ("xpool", "lsmdc"): dict(head_lr=1e-5, dropout=0.3),
+}
+RECIPES: dict[str, dict] = {"paper": {}, "released": RELEASED, "best": BEST}
 # Flags that may change when a run is resumed. They change its numbers by rounding at most.
 FREE = {"out", "resume", "data", "annotations", "videos", "device", "workers", "save_every"}
-FREE |= {"amp", "micro_batch", "compile"}
+FREE |= {"amp", "micro_batch", "compile", "max_pixels", "time_limit"}
 
 
 def preset(dataset: str, method: str, recipe: str | None = None) -> Config:
@@ -111,6 +134,10 @@ def preset(dataset: str, method: str, recipe: str | None = None) -> Config:
     fusion, radius = METHODS[method]
     names = dict(dataset=dataset, method=method, fusion=fusion, radius=radius, recipe=recipe or "paper")
     flags = RECIPES[names["recipe"]] if method == "tmass" else {}
+    if recipe == "released" and method == "xpool":
+        flags = dict(adam_eps=RELEASED["adam_eps"])
+    if recipe == "released":
+        flags = {**flags, **COMMANDS.get((method, dataset), {})}
     return replace(Config(), **{**PRESETS.get(dataset, {}), **names, **flags})
 
 
@@ -139,7 +166,9 @@ class EvaluationConfig:
     """shared: the same M draws for all pairs; independent: new draws for each pair (slow)"""
     protocol: Literal["paper", "released"] = "paper"
     """released: pools each video by its own caption, as the released evaluator; it LEAKS the pairing"""
-    dsl: bool = False  # dual softmax; transductive: uses all test queries at once
+    dsl: Literal["none", "temperature", "released"] = "none"
+    """dual softmax; transductive: uses all test queries at once; temperature (or --dsl alone): at the model's
+    own, over the queries; released: at 1/100, over the texts both ways, as in the released code"""
     captions: Literal["all", "first", "joined"] = "all"
     """all: each caption is a query; first: one caption per clip; joined: all of a clip as one query"""
     seed: int = 0  # of the noise
@@ -156,6 +185,8 @@ class EvaluationConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps, ...
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """autocast of CLIP; scores stay float32; auto: bf16 on CUDA, off on the CPU"""
+    max_pixels: int = MAX_PIXELS  # of a frame; a video with larger frames is refused
+    time_limit: float = TIME_LIMIT  # seconds to read a file, plus 300 a MiB of it; longer: refused
 
 
 def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
@@ -177,9 +208,17 @@ def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
 RANGES: dict[str, tuple[int | float, float]] = {
     **dict.fromkeys(("heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
     **dict.fromkeys(("prior_std", "alpha", "ce", "save_every"), (0, math.inf)),
-    **dict(num_frames=(1, 1000), M=(0, 100_000), workers=(0, 1000), seed=(0, 10**9)),
+    **dict(
+        max_pixels=(1, math.inf),
+        time_limit=(0, math.inf),
+        num_frames=(1, 1000),
+        M=(0, 100_000),
+        workers=(0, 1000),
+        seed=(0, 10**9),
+    ),
     **dict.fromkeys(("clip_lr", "head_lr", "radius_lr", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("initial_radius", "grad_clip"), (1e-6, math.inf)),
+    **dict(adam_eps=(1e-12, 1)),
     **dict.fromkeys(("dropout", "warmup"), (0, 1)),
 }
 
@@ -206,7 +245,14 @@ def check_config(config: Config | EvaluationConfig) -> None:
     if isinstance(config, EvaluationConfig):
         return
     method, freeze, parts = config.method, config.freeze, (config.fusion, config.radius)
-    if method != "tmass" and config.recipe != "paper":
+    if config.val not in ("none", "official") and not re.fullmatch("0*[1-9][0-9]{0,8}", config.val):
+        raise ModelError(f"--val {config.val}: give none, official, or a number of videos from 1 on.")
+    if config.radius_start == "identity" and config.radius not in ("linear", "joint"):
+        what = f"--radius-start identity starts W, which --radius {config.radius} does not have"
+        raise ModelError(f"{what}: add --radius-start random, or use --radius linear or joint.")
+    if method == "clip" and config.recipe == "released":
+        raise ModelError("--recipe released: no command of mean pooling was released: leave it out.")
+    if method != "tmass" and config.recipe == "best":
         raise ModelError(f"--recipe {config.recipe} trains a mass: leave it out, or use --method tmass.")
     if method != "tmass" and parts != METHODS[method]:
         means = "--fusion {} --radius {}".format(*METHODS[method])
@@ -236,7 +282,11 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> Conf
 
 def parse_evaluation(arguments: Sequence[str] | None = None, description: str = "") -> EvaluationConfig:
     """The command line of evaluate.py."""
-    return _read(EvaluationConfig(), arguments, description)
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    for at in [at for at, flag in enumerate(given) if flag == "--dsl"][::-1]:
+        if given[at + 1 : at + 2] == [] or given[at + 1].startswith("-"):  # --dsl alone
+            given.insert(at + 1, "temperature")
+    return _read(EvaluationConfig(), given, description)
 
 
 def _read(default: Kind, arguments: Sequence[str] | None, description: str) -> Kind:

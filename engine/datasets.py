@@ -38,6 +38,7 @@ class Clip:
     split: str
     start: float = 0.0  # seconds
     end: float | None = None  # None: the end of the file
+    held_out: bool = field(default=False, repr=False)  # split val, but taken from the training clips by us
 
 
 # ---- registry
@@ -139,8 +140,39 @@ def of_split(clips: Sequence[Clip], split: str) -> list[Clip]:
     """The clips of one split, in their order. Raises DataError if there is none."""
     chosen = [clip for clip in clips if clip.split == split]
     if not chosen:
-        raise DataError(f"no clip has split {split!r}: mark some in the `split` column of the annotations.")
+        advice = "mark some in the `split` column of the annotations"
+        advice += ", or take some from training: train.py --val N" if split == "val" else ""
+        raise DataError(f"no clip has split {split!r}: {advice}.")
     return chosen
+
+
+def without(clips: Sequence[Clip], skipped: dict[str, str]) -> list[Clip]:
+    """The clips that are not skipped. Raises DataError if there were some and none is left."""
+    left = [clip for clip in clips if clip.id not in skipped]
+    if clips and not left:
+        reason = skipped[clips[0].id]
+        raise DataError(f"none of the {len(clips)} {clips[0].split} clips can be read: {reason}")
+    return left
+
+
+def with_validation(clips: Sequence[Clip], val: str, seed: int) -> list[Clip]:
+    """The clips with the validation split that --val asks for; test clips stay as they are.
+
+    "official": as read. "none": without validation; clips that the reader held out from training are trained
+    on. A number: so many training videos, chosen by the seed, in place of the reader's validation; all clips
+    of a file stay together. Raises DataError if no training video would be left."""
+    if val == "official":
+        return list(clips)
+    clips = [replace(clip, split="train", held_out=False) if clip.held_out else clip for clip in clips]
+    clips = [clip for clip in clips if clip.split != "val"]
+    if val == "none":
+        return clips
+    videos = {clip.path.name for clip in clips if clip.split == "train"}
+    if int(val) >= len(videos):
+        raise DataError(f"--val {val} leaves none of the {len(videos)} training videos: give a smaller one.")
+    chosen = held_out(videos, int(val), f"{seed} ")
+    taken = [clip.split == "train" and clip.path.name in chosen for clip in clips]
+    return [replace(clip, split="val", held_out=True) if out else clip for clip, out in zip(clips, taken)]
 
 
 def cache_folder(dataset: str, data: Path, videos: Path | None = None) -> Path:
@@ -151,9 +183,10 @@ def cache_folder(dataset: str, data: Path, videos: Path | None = None) -> Path:
     return data / "cache" / folder
 
 
-def held_out(names: Iterable[str], count: int) -> set[str]:
+def held_out(names: Iterable[str], count: int, salt: str = "") -> set[str]:
     """`count` of the names, chosen by a hash: the same on every machine, and stable if names are added."""
-    return set(sorted(names, key=lambda name: hashlib.sha256(normal(name).encode()).digest())[:count])
+    order = sorted(names, key=lambda name: hashlib.sha256((salt + normal(name)).encode()).digest())
+    return set(order[:count])
 
 
 def _validation(train: Sequence[str]) -> set[str]:
@@ -209,7 +242,8 @@ def read_csv(annotations: Path, videos: Path) -> list[Clip]:
     names = {clip.path.name for clip in clips}  # all windows of a video are in the same split
     tenth = max(1, len(names) // 10)
     splits = dict.fromkeys(held_out(names, 2 * tenth), "val") | dict.fromkeys(held_out(names, tenth), "test")
-    return [replace(clip, split=splits.get(clip.path.name, "train")) for clip in clips]
+    split = [splits.get(clip.path.name, "train") for clip in clips]
+    return [replace(clip, split=name, held_out=name == "val") for clip, name in zip(clips, split)]
 
 
 def _gather(rows: Sequence[Row], files: Files) -> list[Clip]:
@@ -291,7 +325,8 @@ def read_msrvtt(files: Files, train: str = "9k") -> Iterator[Clip]:
     """MSR-VTT. train 9k, 7k: these training lists and the 1k-A test split, one caption a clip.
 
     full: the official splits, 20 captions a clip. Validation of 9k and 7k: the official validation clips in
-    the training list (497 of 9k), or a held-out part of it if the JSON has no official splits."""
+    the training list (497 of 9k), or a held-out part of it if the JSON has no official splits; published
+    numbers train on the whole list (--val none)."""
     content = files.json("MSRVTT_data.json")
     captions = grouped((sentence["video_id"], sentence["caption"]) for sentence in content["sentences"])
     official = {video["video_id"]: video.get("split", "") for video in content.get("videos", [])}
@@ -305,7 +340,9 @@ def read_msrvtt(files: Files, train: str = "9k") -> Iterator[Clip]:
         for _, row in files.rows("MSRVTT_JSFUSION_test.csv", "video_id", "sentence"):
             splits[row["video_id"]], captions[row["video_id"]] = "test", [row["sentence"]]
     for name, split in splits.items():
-        yield Clip(name, files.video(f"{name}.mp4"), _captions(files, captions, name), split)
+        held_out = split == "val" and train != "full"
+        path = files.video(f"{name}.mp4")
+        yield Clip(name, path, _captions(files, captions, name), split, held_out=held_out)
 
 
 @register("msrvtt-7k", like="msrvtt")
@@ -381,7 +418,8 @@ def read_charades(files: Files) -> Iterator[Clip]:
                 where = f"{files.annotation(f'Charades_v1_{split}.csv')}, row {number}"
                 why = "a spreadsheet may have changed the file: unpack it again"
                 raise DataError(f"{where}: {name!r} is not a video id (5 letters and digits); {why}.")
-            yield Clip(name, files.video(f"{name}.mp4"), (row["script"],), "val" if name in val else split)
+            path, held_out = files.video(f"{name}.mp4"), name in val
+            yield Clip(name, path, (row["script"],), "val" if held_out else split, held_out=held_out)
 
 
 @register(

@@ -4,8 +4,10 @@ Without torchrun this process is rank 0 of 1: gathering returns its input, and w
 """
 
 import os
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,6 +51,19 @@ def choose_device(name: str) -> torch.device:
         advice = f"choose {', '.join(['auto', 'cpu', *found])}"
         raise ModelError(f"--device {name}: torch cannot compute there ({reason:.100}); {advice}.") from None
     return device
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turns an error of torch for a lack of memory, on any device, into a ModelError with the advice."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and the CPU have none of their own
+        known = ("out of memory", "can't allocate memory")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(part in str(error) for part in known):
+            raise
+        what = f"the memory of the device is too small ({_first_line(error):.150})"
+        raise ModelError(f"{what}: {advice}.") from None
 
 
 def init_distributed(device: str) -> None:
@@ -153,7 +168,8 @@ def wrap(encoder: nn.Module) -> nn.Module:
     This includes parameters used outside its forward pass, as long as each gets a gradient in every step."""
     if not dist.is_initialized():
         return encoder
-    return DistributedDataParallel(encoder, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer torch renames the first
+        return DistributedDataParallel(encoder, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # ---- order: who waits for whom
@@ -204,6 +220,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 # ---- the processes that load batches
+
+
+def ignore_signals(worker: int) -> None:
+    """For DataLoader's worker_init_fn: a Ctrl-C or SIGTERM for all processes is for the one that trains.
+
+    The step can then end with its batches. A worker ends with its loader, or with the process of it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loaded(loader: DataLoader) -> Iterator:

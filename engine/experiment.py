@@ -138,15 +138,20 @@ class Run:
         return load_state(path, self.config, self.about["data"])
 
     def start(
-        self, name: str, device: torch.device, step: int, validated: int, total: int, pairs: int
+        self, name: str, device: torch.device, step: int, validated: int, total: int, each: int, pairs: int
     ) -> None:
-        """Opens the log and the progress bar at a step, and records and prints what is trained, on what."""
+        """Opens the log and the progress bar at a step, and records and prints what is trained, on what.
+
+        total, each: the steps of the run and of an epoch."""
         rank, world = rank_and_world()
         self.log = Log(self.out, step, validated)
         record_data(self.out, self.clips, self.val_clips, self.skipped)
         what = f"{len(self.clips)} clips to train on, {len(self.val_clips)} to validate"
         machine = device if world == 1 else f"{world} processes on {device.type}"
         steps = f"{total} steps of {pairs} pairs on {machine}"
+        captions = sum(len(clip.captions) for clip in self.clips)
+        if captions > each * pairs:
+            steps += f" (an epoch leaves out {captions - each * pairs} of {captions} captions, chosen anew)"
         say(f"{name} on {self.config.dataset}: {what}, {steps}, run {self.out}")
         bar = dict(initial=step, total=total, desc=self.config.method, unit=" steps", disable=rank > 0)
         self.bar = tqdm(**bar)

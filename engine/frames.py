@@ -1,5 +1,6 @@
 """A cache of decoded frames on disk. The frames of a video come from engine/video.py."""
 
+import functools
 import hashlib
 import io
 import os
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 import shapes
 from engine.datasets import Clip
+from engine.ffmpeg import set_limits as set_limits
 from engine.ffmpeg import stopped
 from engine.files import DataError, remove_leftovers, write_atomic, writing
 from engine.video import count_packets as count_packets
@@ -33,6 +35,7 @@ MEMORY = 2**29  # bytes that decoding a clip takes, at most; larger frames are d
 DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError)  # raised for a damaged zip file
 DAMAGED = (*DAMAGED, zipfile.BadZipFile, zlib.error, struct.error)
 
+ENDS = 2**16  # bytes of a file's head and of its tail that are hashed
 RULES = 2  # raise it when other frames are decoded from the same file: caches are then made anew
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -46,8 +49,8 @@ class FrameCache:
 
     Each of a clip's `num_frames` segments has `choices` frames (an odd number), evenly spaced. The middle one
     is the segment's midpoint, so one file serves uniform and random sampling. A file records its `source`: if
-    the video changes, it is decoded again; if the video is removed, the file remains valid. JPEG changes
-    pixels by 1 to 2 of 255 on average; raw frames would be 7 times larger."""
+    the video changes, it is decoded again; if the video is removed or copied, the file remains valid. JPEG
+    changes pixels by 1 to 2 of 255 on average; raw frames would be 7 times larger."""
 
     QUALITY = 95
 
@@ -166,18 +169,58 @@ def file_name(clip: Clip) -> str:
 
 
 def source(clip: Clip) -> bytes:
-    """What a clip's frames depend on: id, window, file size, time of change. Empty without the video."""
+    """What a clip's frames depend on: id, window, the file's size, time of change and ends, RULES.
+
+    Empty without the video."""
     try:
-        stat = clip.path.stat()
+        size, time, rules = _stamp(clip)
+        return b"%b%b %b %b %b" % (_clip_and_window(clip), size, time, _ends(clip), rules)
     except OSError:
         return b""
-    return f"{clip.id} {clip.start:g} {clip.end} {stat.st_size} {stat.st_mtime_ns} {RULES}".encode()
 
 
 def is_current(made_from: bytes, clip: Clip) -> bool:
-    """Whether cached data with this `source` is valid for a clip. A missing video counts as unchanged."""
-    now = source(clip)
-    return made_from == now if now else made_from.startswith(f"{clip.id} {clip.start:g} {clip.end} ".encode())
+    """Whether cached data with this `source` is valid for a clip. A missing video counts as unchanged.
+
+    If the time of change alone differs, as after a copy, the hash of the file's ends decides; older caches
+    have none."""
+    start = _clip_and_window(clip)
+    if not made_from.startswith(start):
+        return False
+    try:
+        now = _stamp(clip)
+    except OSError:
+        return True
+    recorded = made_from.removeprefix(start).split()  # size, time, hash (not in older caches), RULES
+    if recorded[:2] + recorded[-1:] == now:
+        return True
+    return recorded[:1] + recorded[2:] == [now[0], _ends(clip), now[2]]
+
+
+def _clip_and_window(clip: Clip) -> bytes:
+    return f"{clip.id} {clip.start:g} {clip.end} ".encode()
+
+
+def _stamp(clip: Clip) -> list[bytes]:
+    stat = clip.path.stat()
+    return [str(part).encode() for part in (stat.st_size, stat.st_mtime_ns, RULES)]
+
+
+def _ends(clip: Clip) -> bytes:
+    """A hash of the first and the last 64 KiB of a file; empty if it cannot be read."""
+    stat = clip.path.stat()
+    return _hash_of_ends(clip.path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(2**17)  # each item of each epoch asks
+def _hash_of_ends(path: Path, size: int, time: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            head = file.read(ENDS)
+            file.seek(max(len(head), size - ENDS))
+            return hashlib.sha256(head + file.read(ENDS)).hexdigest()[:16].encode()
+    except OSError:
+        return b""
 
 
 def in_parallel(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:

@@ -1,16 +1,23 @@
 """AdamW, its schedule, the guard against non-finite steps, and the state of all these in last.pt."""
 
 import math
+import os
+import shutil
+import subprocess
+import sysconfig
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from engine.backbone import MISMATCH, first_line, resolve_amp
+from engine.backbone import activation_of, resolve_amp
 from engine.config import Config
+from engine.distributed import rank_and_world
 from engine.files import ModelError
+from engine.weights import MISMATCH, first_line
 from model import TMASS
 
 READS_FOUND_INF = ("cpu", "cuda")  # the devices whose fused AdamW skips a step by `found_inf`
@@ -50,10 +57,33 @@ def train_mode(model: TMASS, config: Config) -> None:
 
 
 def compile_encoders(model: TMASS, choice: str) -> None:
-    """--compile: compiles CLIP's two encoders at their first call. Parameter names stay the same."""
-    if choice == "on" or (choice == "auto" and model.logit_scale.is_cuda and find_spec("triton")):
-        model.clip.visual.compile()
-        model.clip.transformer.compile()
+    """--compile: compiles CLIP's two encoders at their first call. Parameter names stay the same.
+
+    auto: on CUDA, if torch.compile has what it needs; otherwise a line says what is missing."""
+    if choice == "off" or (choice == "auto" and not model.logit_scale.is_cuda):
+        return
+    if choice == "auto" and (missing := missing_for_triton()):
+        if rank_and_world()[0] == 0:
+            print(f"CLIP is not compiled: {missing}. Training is slower, its result the same.", flush=True)
+        return
+    model.clip.visual.compile()
+    model.clip.transformer.compile()
+
+
+def missing_for_triton() -> str:
+    """Returns what torch.compile lacks on CUDA, or "": triton, which compiles C when it runs."""
+    if not find_spec("triton"):
+        return "the package triton is not installed"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as triton chooses
+    if not compiler or not shutil.which(compiler):
+        return f"triton needs a C compiler, and {compiler or 'gcc or clang'} is not found"
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        return f"triton needs Python.h, and {include} has none (package python3-dev or python-devel)"
+    command = [compiler, "-I", include, "-x", "c", "-fsyntax-only", "-"]
+    done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    return f"{compiler} fails ({(lines or ['no reason given'])[0]:.150})" if done.returncode else ""
 
 
 class TrainState:
@@ -66,7 +96,8 @@ class TrainState:
         device = model.logit_scale.device
         self.model, self.step, self.validated, self.best, self.val = model, 0, 0, -1.0, None
         groups = parameter_groups(model, config)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        more = dict(weight_decay=config.weight_decay, eps=config.adam_eps)
+        self.optimizer = torch.optim.AdamW(groups, **more, fused=True)
         rate = partial(learning_rate, total=total, warmup=config.warmup)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         self.scaler = torch.amp.GradScaler(device.type, enabled=resolve_amp(device, config.amp) == "fp16")
@@ -88,8 +119,14 @@ class TrainState:
     def load(self, state: dict) -> None:
         """Restores the content of last.pt, model included. Raises ModelError if it does not fit."""
         try:
+            own, arguments = activation_of(self.model.clip), state.get("arguments", {})
+            if own != (other := arguments.get("activation", "quick_gelu")):
+                raise ValueError(f"its activation is {other}, not {own}")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in self.optimizer.state.items():
+                for name in moments.keys() - {"step"}:  # with the strides of its parameter, which AdamW takes
+                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
             self.schedule.load_state_dict(state["schedule"])
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])

@@ -84,7 +84,7 @@ class Expectation:
         n = (t.square().sum(-1) + s2 * r2.sum(-1)).clamp_min(1e-24)
         r2v, r2t = r2 * video, r2 * t
         A, B, C = (r2v * video).sum(-1), (r2v * t).sum(-1), (r2t * t).sum(-1)
-        mean = (x - s2 * B / n + 1.5 * s2 * x * C / n.square()) / n.sqrt()
+        mean = (x - s2 * B / n + 1.5 * s2 * (x / n) * (C / n)) / n.sqrt()  # n n would overflow
         variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
         best = mean + best_of(self.M) * variance.clamp_min(1e-20).sqrt()
         return best / video.norm(dim=-1).clamp_min(1e-12)
@@ -120,9 +120,13 @@ def scores(
     Memory is that of a block: it grows neither with texts x videos x dim nor with M. XPool, MeanPool and
     every Radius have a fast form (`_Fast`). Another psi or R is scored as the paper writes it, block by
     block, and a warning says so. Each call compares the fast scores with the literal ones on a few pairs: if
-    they differ, because model.py was changed, the literal ones are used, and a warning says so.
+    they differ, because model.py was changed, the literal ones are used, and a warning says so. A score whose
+    R is too large for the dtype is NaN, with a warning: in float32 from about e^40 on; for the expected best
+    with U(0, 1), e^20. Raises ValueError for texts of float16.
     frames    may have another dtype than text (a float16 memory map): each block is converted by itself
     own_text  the released protocol, which LEAKS: video j is pooled by own_text[j], its own caption"""
+    if text.dtype == torch.float16:
+        raise ValueError("texts of float16 cannot be scored, because |t_s|^2 overflows: give text.float().")
     noise = noise.to(text) if isinstance(noise, Tensor) else noise
     pairs = block or default_block(text.shape[1], text.device)
     if isinstance(noise, PairNoise):
@@ -133,8 +137,8 @@ def scores(
             warnings.warn(
                 f"{slow} has no fast form (engine/scoring.py): its scores take longer.", stacklevel=2
             )
-            return task.in_blocks(pairs, task.literal, progress)
-        found = task.in_blocks(pairs, _Fast(task, pairs).prepare, progress)
+            return _warn_of_nan(task.in_blocks(pairs, task.literal, progress))
+        found = _warn_of_nan(task.in_blocks(pairs, _Fast(task, pairs).prepare, progress))
         few = [[*{0, count // 2, count - 1}] for count in found.shape]
         difference = (found[few[0]][:, few[1]] - task.literal_block(*few)).abs()
         if (difference > _tolerance(text)).any():
@@ -142,6 +146,21 @@ def scores(
             warnings.warn(message + "After a change of model.py, change engine/scoring.py too.", stacklevel=2)
             return task.in_blocks(pairs, task.literal, progress)
     return found
+
+
+def _warn_of_nan(found: Tensor) -> Tensor:
+    """The scores as they are. A warning says how many are NaN or infinite."""
+    if bad := int((~found.isfinite()).sum()):
+        why = f"R is too large for {found.dtype}, or the features are not finite"
+        warnings.warn(f"{bad} of {found.numel()} scores are NaN or infinite: {why}.", stacklevel=3)
+    return found
+
+
+def no_overflow(radius: Float[Tensor, "*pairs dim"]) -> Float[Tensor, "*pairs"]:
+    """0 for each pair; NaN where |t_s|^2 may overflow: a cosine would then be 0, which is no error but wrong.
+
+    |t + R eps|^2 <= 2 |t|^2 + 2 |R eps|^2, and hardly an eps is larger than 5."""
+    return 0 * (50 * radius.square().sum(dim=-1))
 
 
 def default_block(dim: int, device: torch.device) -> int:
@@ -238,12 +257,11 @@ class _Task:
         if isinstance(self.noise, Expectation):
             return self.noise.of(t[:, None], radius, video)
         best = torch.full(video.shape[:2], -torch.inf, dtype=t.dtype, device=t.device)
-        for eps in (
-            self.own_draws(texts, videos) if isinstance(self.noise, PairNoise) else self.noise.split(1)
-        ):
+        own = isinstance(self.noise, PairNoise)
+        for eps in self.own_draws(texts, videos) if own else self.noise.split(1):
             t_s = stochastic_text(t, radius, eps)[0]  # t_s = t + R eps
             best = torch.maximum(best, cosine_scores(t_s, video))
-        return best
+        return best + no_overflow(radius)
 
     def own_draws(self, texts: Sequence[int], videos: Sequence[int]) -> Sequence[Tensor]:
         """PairNoise's eps of these pairs: M tensors (1, texts, videos, dim)."""
@@ -285,9 +303,7 @@ class _Fast:
         """The function that scores texts with these videos."""
         task = self.task
         frames = task.frames[videos.start : videos.stop].to(task.text)
-        few = (
-            3 * len(task.text) < 4 * frames.shape[1]
-        )  # pooling first: 3 dim^2 a pair; atoms: 4 dim^2 a frame
+        few = 3 * len(task.text) < 4 * frames.shape[1]  # pooling: 3 dim^2 a pair; atoms: 4 dim^2 a frame
         if self.query is None:
             constant = isinstance(task.model.fusion, MeanPool) and task.own_text is None
             v = F.normalize(frames, dim=-1).mean(dim=1) if constant else task.pooled_by_own_text(videos)
@@ -324,14 +340,13 @@ class _Fast:
         if isinstance(noise, PairNoise):
             draws = (text + radius * eps[0].transpose(0, 1) for eps in self.task.own_draws(texts, videos))
             best = [F.cosine_similarity(t_s, video, dim=-1, eps=1e-12) for t_s in draws]
-            return torch.stack(best).amax(dim=0).T
-        dots = torch.addmm(
-            dot.flatten(), noise, video.mul_(radius).flatten(0, 1).T
-        )  # t_s . v       (M, pairs)
+            return (torch.stack(best).amax(dim=0) + no_overflow(radius)).T
+        dots = torch.addmm(dot.flatten(), noise, video.mul_(radius).flatten(0, 1).T)  # t_s . v  (M, pairs)
         product = self.buffer[1, : dot.numel()].view_as(radius)
         squares = (noise @ torch.mul(radius, text, out=product).flatten(0, 1).T).mul_(2)
         squares = squares.addmm_(noise.square(), torch.mul(radius, radius, out=product).flatten(0, 1).T)
         squares = squares.add_(square.repeat(len(length)))  # |t_s|^2
+        length = length + 0 * squares.amax(dim=0).view_as(length)  # NaN where it overflows
         best = (dots * squares.clamp_min_(1e-24).rsqrt_()).amax(dim=0)
         return (best.view_as(length) / length).T
 

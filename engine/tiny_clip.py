@@ -34,7 +34,7 @@ from data import normalise
 from engine.backbone import TINY, TINY_FILE, import_clip, laid_out, tokenize
 from engine.files import write_atomic
 from engine.frames import resize, segment_midpoints
-from engine.metrics import relevance_metrics, text_to_video_ranks
+from engine.metrics import relevance_metrics, retrieval_metrics
 from engine.optim import learning_rate
 from model import TMASS
 
@@ -244,8 +244,8 @@ def validate(model: TMASS, known: Tensor, clips: range | None = None) -> dict[st
     text = torch.cat([model.encode_text(part) for part in torch.searchsorted(known, tokens).split(500)])
     scores = torch.cat([similarity(part, torch.cat(frames)) for part in text.split(250)])
     fits = torch.from_numpy(shapes.fits([text.mentions for text in texts], [clip.scenes for clip in made]))
-    ranks = text_to_video_ranks(scores, torch.arange(len(made)).repeat_interleave(shapes.CAPTIONS))
-    found = {f"R@{k}": (ranks <= k).double().mean().item() * 100 for k in (1, 10)}
+    t2v = retrieval_metrics(scores, torch.arange(len(made)).repeat_interleave(shapes.CAPTIONS))["t2v"]
+    found = {name: t2v[name] for name in ("R@1", "R@10")}
     found |= relevance_metrics(scores, fits)
     for name, count in (("one scene", 1), ("two scenes", 2)):
         own = torch.tensor([len(text.mentions) == count for text in texts])

@@ -4,6 +4,7 @@ import json
 import re
 import urllib.error
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,15 +12,19 @@ import torch
 from conftest import ROOT, randn, small_clip
 
 from engine.backbone import (
+    activation_of,
+    autocast,
     count_tokens,
     fingerprint,
     import_clip,
+    laid_out,
     load_clip,
-    load_file,
     resolve_amp,
     tokenize,
 )
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.files import ModelError
+from engine.weights import load_file
 from model import TMASS
 
 
@@ -117,23 +122,111 @@ def test_file_of_something_else_than_a_dict_gives_one_sentence(tmp_path):
         load_file(tmp_path / "tensor.pt")
 
 
+# ---- the activation, which arrays do not show
+
+GELU, QUICK = {"model_cfg": {"embed_dim": 512}}, {"model_cfg": {"quick_gelu": True}}
+
+
+def in_order(state: dict, *parts: str) -> dict:
+    """The state with the parts of each layer in this order, in which a class declares them."""
+    named = [(name, name.split("resblocks.")[-1].split(".")) for name in state]
+    key = {name: (split[0], parts.index(split[1])) for name, split in named if split[0].isdigit()}
+    layers = sorted(key, key=lambda name: (name.partition("resblocks.")[0], *key[name]))
+    return {name: state[name] for name in [*(name for name in state if name not in key), *layers]}
+
+
+def with_gelu(clip: torch.nn.Module) -> torch.nn.Module:
+    for block in [*clip.transformer.resblocks, *clip.visual.transformer.resblocks]:
+        block.mlp.gelu = torch.nn.GELU()
+    return clip
+
+
+@pytest.mark.parametrize("config, activation", [
+    ({"config.json": {"text_config": {"hidden_act": "gelu"}}}, "gelu"),
+    ({"open_clip_config.json": GELU}, "gelu"), ({"open_clip_config.json": QUICK}, "quick_gelu"),
+    ({"config.json": [1]}, "quick_gelu"),
+    ({"config.json": {"text_config": {"hidden_act": "quick_gelu"}, "vision_config": [3]}}, "quick_gelu"),
+    ({"config.json": {"arguments": {"activation": "gelu"}}}, "gelu"), ({}, "quick_gelu"),
+])  # fmt: skip
+def test_the_configs_beside_a_file_name_its_activation(tmp_path, capsys, config, activation):
+    """The arrays have the same names and shapes. Without a config, their order is that of OpenAI's class."""
+    clip = small_clip("vit")
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    for name, content in config.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    images, clip = randn(2, 3, 32, 32), with_gelu(clip) if activation == "gelu" else clip
+    loaded = load_clip("tiny", tmp_path / "clip.pt")
+    assert torch.allclose(loaded.encode_image(images), clip.encode_image(images), atol=1e-5)
+    assert activation_of(loaded) == activation_of(loaded.visual) == activation and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parts, name, activation, sure", [
+    (("attn", "ln_1", "mlp", "ln_2"), "clip.pt", "quick_gelu", True),  # OpenAI's class
+    (("ln_1", "attn", "ln_2", "mlp"), "clip.pt", "gelu", False),  # OpenCLIP's class
+    (("ln_1", "attn", "ln_2", "mlp"), "ViT-B-32-quickgelu.pt", "quick_gelu", True),
+    (("attn", "ln_1", "ln_2", "mlp"), "clip.pt", "quick_gelu", False),  # by the alphabet
+])  # fmt: skip
+def test_a_file_without_a_config_shows_its_activation_or_a_note_says_what_is_assumed(
+    tmp_path, capsys, parts, name, activation, sure
+):
+    state = in_order(small_clip("vit").state_dict(), *parts)
+    torch.save({"state_dict": {f"module.{name}": x for name, x in state.items()}}, tmp_path / name)
+    assert activation_of(load_clip("tiny", tmp_path / name)) == activation
+    note = capsys.readouterr().err
+    assert bool(note) != sure and note.count("\n") == (not sure)
+    if not sure:  # as the note says
+        assumed = {"gelu": "GELU", "quick_gelu": "QuickGELU"}[activation]
+        assert f"{name} does not tell its activation; {assumed} is assumed" in note
+        line, file = re.search(r"write ({.*}) to (.*)\.$", note).groups()
+        Path(file).write_text(line)
+        assert activation_of(load_clip("tiny", tmp_path / name)) != activation
+        assert not capsys.readouterr().err
+
+
+def test_an_archive_shows_its_activation_by_its_code(tmp_path, capsys):
+    for number, clip in enumerate((small_clip("vit"), with_gelu(small_clip("vit")))):
+        example, path = (randn(2, 3, 32, 32), torch.ones(2, 20, dtype=torch.long)), tmp_path / f"{number}.pt"
+        torch.jit.trace(clip, example, check_trace=False).save(path)
+        assert activation_of(load_clip("tiny", path)) == ("quick_gelu", "gelu")[number]
+    assert not capsys.readouterr().err
+
+
+def test_features_of_another_activation_have_another_fingerprint():
+    assert fingerprint(small_clip("vit").visual) != fingerprint(with_gelu(small_clip("vit")).visual)
+
+
+def test_a_clip_with_gelu_is_opened_with_gelu(tmp_path):
+    """The arrays do not show it, so the file says it; one without a word is OpenAI's. Also as --weights."""
+    model = TMASS(small_clip("vit"), num_frames=3).eval()
+    images, tokens = randn(2, 3, 3, 32, 32), torch.randint(1, 49000, (4, 20))
+    plain = model.encode_text(tokens)
+    with_gelu(model.clip)
+    save_checkpoint(tmp_path / "best.pt", model)
+    model.save_pretrained(tmp_path)
+    for name in ("best.pt", "model.safetensors"):
+        opened = load_checkpoint(tmp_path / name)
+        assert torch.equal(opened.encode_text(tokens), model.encode_text(tokens))
+        assert torch.allclose(opened.encode_frames(images), model.encode_frames(images), atol=1e-5)
+        assert activation_of(load_clip("tiny", tmp_path / name)) == "gelu"
+    assert (model.encode_text(tokens) - plain).abs().max() > 1e-3
+    content = load_file(tmp_path / "best.pt")
+    content["arguments"]["activation"] = "relu"
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(ModelError, match=r"best\.pt is not a checkpoint .*its activation is 'relu'"):
+        load_checkpoint(tmp_path / "best.pt")
+
+
 @pytest.mark.parametrize("config, says", [
-    ({"config.json": {"text_config": {"hidden_act": "gelu"}}}, "the activation gelu, not quick_gelu"),
     ({"config.json": {"vision_config": {"hidden_size": 1280, "num_attention_heads": 16}}}, "16 heads for"),
-    ({"open_clip_config.json": {"model_cfg": {"embed_dim": 512}}}, "another activation than QuickGELU"),
-    ({"open_clip_config.json": {"model_cfg": {"quick_gelu": True}}}, ""),
-    ({"config.json": {"text_config": {"hidden_act": "quick_gelu"}, "vision_config": [3]}}, ""),
-    ({"config.json": [1]}, ""),
+    ({"config.json": {"text_config": {"hidden_act": "gelu_new"}}}, "the activation gelu_new, not quick_gelu"),
+    ({"config.json": {"text_config": {"hidden_act": "gelu"}, "vision_config": {}}}, "gelu and quick_gelu"),
 ])  # fmt: skip
 def test_a_clip_that_openais_class_computes_differently_is_refused(tmp_path, config, says):
     """Its weights have the same names and shapes: the features would be wrong without a word."""
     torch.save(small_clip("vit").state_dict(), tmp_path / "clip.pt")
     for name, content in config.items():
         (tmp_path / name).write_text(json.dumps(content))
-    if says:
-        with pytest.raises(ModelError, match=rf"clip\.pt cannot be used: .*{says}"):
-            load_clip("tiny", tmp_path / "clip.pt")
-    else:
+    with pytest.raises(ModelError, match=rf"clip\.pt cannot be used: .*{says}"):
         load_clip("tiny", tmp_path / "clip.pt")
 
 
@@ -229,6 +322,21 @@ def test_fingerprint_changes_with_any_weight():
 def test_amp_auto_is_off_on_the_cpu():
     cpu = torch.device("cpu")
     assert [resolve_amp(cpu, amp) for amp in ("auto", "bf16", "off")] == ["off", "bf16", "off"]
+
+
+@pytest.mark.parametrize("trunk", ["resnet", "vit"])
+def test_features_are_float32_sums_norms_and_projections_under_autocast(trunk):
+    """Without autocast they are clip's own, bit for bit; in bf16 the last layers do not round them."""
+    images, clip = randn(5, 3, 32, 32), small_clip(trunk)
+    own, cpu = clip.encode_image(images), torch.device("cpu")
+    with autocast(cpu, "bf16"):
+        rounded = clip.encode_image(images)
+    model = TMASS(laid_out(clip))
+    assert torch.allclose(model.encode_frames(images[:, None])[:, 0], own, atol=0 if trunk == "vit" else 1e-6)
+    with autocast(cpu, "bf16"):
+        found = clip.encode_image(images)
+    assert rounded.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert (found - own).norm() < 0.6 * (rounded.float() - own).norm()
 
 
 def test_encode_text_equals_clips_own_bit_for_bit():

@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm
 import engine.files
 import evaluate
 import model as model_module
-from engine.backbone import import_clip, load_clip, load_file, tokenize
+from engine.backbone import import_clip, load_clip, tokenize
 from engine.checkpoint import (
     checksum,
     latest_run,
@@ -28,6 +28,7 @@ from engine.checkpoint import (
 )
 from engine.config import EvaluationConfig, plain, preset, prior_of
 from engine.files import ModelError
+from engine.weights import load_file
 from model import TMASS, LinearRadius, MeanPool, XPool
 
 FRAMES, DIM = 3, 24

@@ -46,11 +46,12 @@ def test_a_flag_wins_over_a_preset_and_a_preset_over_the_defaults():
     )
 
 
-def test_defaults_are_the_papers():
+def test_defaults_do_not_change_unnoticed():
     c = Config()
     numbers = (c.batch, c.clip_lr, c.weight_decay, c.dropout, c.num_frames, c.epochs, c.warmup, c.grad_clip)
     assert numbers == (32, 1e-6, 0.2, 0.3, 12, 5, 0.1, 1.0)
     assert (c.alpha, c.ce, c.M, c.prior, c.prior_std) == (1.2, 0.0, 20, "normal", 1.0)
+    assert (c.adam_eps, c.radius_start, c.val) == (1e-8, "random", "official")  # as before these were flags
     assert (c.method, c.fusion, c.radius, c.pairs) == ("tmass", "xpool", "linear", "matched")
 
 
@@ -69,6 +70,54 @@ def test_every_data_set_is_trained_with_the_papers_recipe_unless_told_otherwise(
 def test_a_recipe_changes_nothing_of_the_baselines():
     for method in ("clip", "xpool"):
         assert replace(preset("shapes", method, "best"), recipe="paper") == preset("shapes", method)
+
+
+@pytest.mark.parametrize("method, dataset, numbers", [
+    ("tmass", "msrvtt", (3e-5, 0.3, 0.8, "uniform", 1.0)),
+    ("tmass", "didemo", (1e-5, 0.4, 0, "uniform", 1.0)), ("tmass", "lsmdc", (1e-5, 0.3, 0, "normal", 0.003)),
+    ("xpool", "msrvtt", (3e-5, 0.3)), ("xpool", "msrvtt-7k", (1e-5, 0.4)), ("xpool", "msvd", (1e-5, 0.4)),
+    ("xpool", "lsmdc", (1e-5, 0.3)),
+])  # fmt: skip
+def test_the_released_recipe_has_the_numbers_of_the_released_commands(method, dataset, numbers):
+    c = parse(["--dataset", dataset, "--method", method, "--recipe", "released"])
+    check_config(c)
+    found = (c.head_lr, c.dropout, c.alpha, c.prior, c.prior_std)
+    assert found[: len(numbers)] == numbers
+    assert (c.clip_lr, c.weight_decay, c.batch, c.epochs, c.warmup, c.M) == (1e-6, 0.2, 32, 5, 0.1, 20)
+    assert c.adam_eps == 1e-6 and c.radius_start == ("identity" if method == "tmass" else "random")
+
+
+def test_the_released_recipe_changes_the_mass_alone_on_data_sets_without_a_command():
+    for dataset in ("shapes", "vatex"):
+        paper, released = (preset(dataset, "tmass", recipe) for recipe in ("paper", "released"))
+        assert replace(paper, recipe="released", **RECIPES["released"]) == released
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--method", "clip", "--recipe", "released"], "no command of mean pooling was released"),
+    (["--radius", "scalar", "--recipe", "released"], "--radius scalar does not have: add --radius-start"),
+    (["--val", "half"], "--val half: give none, official, or a number"),
+    (["--val", "0"], "--val 0: give none, official, or a number of videos from 1 on"),
+    (["--adam-eps", "0"], "--adam-eps 0.0: give a number from 1e-12 to 1"),
+])  # fmt: skip
+def test_settings_that_the_released_recipe_does_not_have_are_refused(flags, says):
+    with pytest.raises(ModelError, match=says):
+        check_config(parse(flags))
+
+
+def test_validation_is_a_name_or_a_number():
+    for value in ("none", "official", "25"):
+        config = parse(["--val", value])
+        check_config(config)
+        assert config.val == value
+
+
+@pytest.mark.parametrize("flags, dsl, M", [
+    ([], "none", 20), (["--dsl"], "temperature", 20), (["--dsl", "--M", "3"], "temperature", 3),
+    (["--dsl", "released", "--M", "3"], "released", 3), (["--M", "3", "--dsl", "none"], "none", 3),
+])  # fmt: skip
+def test_dsl_alone_is_at_the_temperature(flags, dsl, M):
+    assert parse_evaluation(flags) == EvaluationConfig(dsl=dsl, M=M)
 
 
 # --------------------------------------------------------------------------------------- registries, methods
@@ -216,6 +265,14 @@ def test_a_recipe_of_the_mass_is_refused_without_a_mass(method):
 
 
 # -------------------------------------------------------------------------------------------------- records
+
+
+def test_runs_from_before_a_flag_existed_are_continued_with_its_default_and_no_other_value():
+    config = preset("msvd", "tmass")
+    older = {n: v for n, v in plain(config).items() if n not in ("adam_eps", "radius_start", "val")}
+    assert changes(config, older) == []
+    now = replace(config, adam_eps=1e-6, val="100")
+    assert changes(now, older) == ["adam_eps 1e-08 -> 1e-06", "val official -> 100"]
 
 
 @pytest.mark.parametrize("method, radius, parts", [

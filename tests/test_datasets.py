@@ -18,7 +18,9 @@ from engine.datasets import (
     cache_folder,
     of_split,
     read_clips,
+    read_csv,
     register,
+    with_validation,
 )
 from engine.files import VIDEO_SUFFIXES
 
@@ -120,6 +122,40 @@ def test_msrvtt_9k_trains_without_the_official_validation_clips(msrvtt):
     clips = read_clips("msrvtt", msrvtt)
     assert sizes(clips) == {"train": 4, "val": 2, "test": 2}
     assert {clip.id for clip in clips if clip.split == "val"} == {"video4", "video5"}
+
+
+@pytest.mark.parametrize("val, train", [("official", 4), ("none", 6), ("2", 4)])
+def test_msrvtt_9k_trains_on_all_clips_of_its_list_or_validates_elsewhere(msrvtt, val, train):
+    clips = with_validation(read_clips("msrvtt", msrvtt), val, seed=0)
+    assert sizes(clips) == {"train": train, "val": 6 - train, "test": 2} or (
+        val == "none" and sizes(clips) == {"train": 6, "test": 2}
+    )
+    assert {clip.id for clip in clips if clip.split != "test"} == {f"video{k}" for k in range(6)}
+
+
+def test_validation_is_taken_out_of_training_by_the_seed(msrvtt):
+    clips = read_clips("msrvtt", msrvtt)
+    chosen = [
+        {clip.id for clip in of_split(with_validation(clips, "2", s), "val")} for s in (0, 0, *range(9))
+    ]
+    assert chosen[0] == chosen[1] and len({frozenset(names) for names in chosen}) > 2
+    assert "--val 6 leaves none of the 6 training videos" in message(with_validation, clips, "6", 0)
+
+
+def test_a_validation_of_its_own_never_becomes_training_data(msrvtt):
+    clips = read_clips("msrvtt-full", msrvtt)
+    none, one = (with_validation(clips, val, seed=0) for val in ("none", "1"))
+    assert sizes(none) == {"train": 4, "test": 4} and sizes(one) == {"train": 3, "val": 1, "test": 4}
+    assert not {"video4", "video5"} & {clip.id for clip in [*none, *one]}
+
+
+def test_windows_of_a_file_are_held_out_together(tmp_path):
+    touch(*(tmp_path / f"{k}.mp4" for k in range(4)))
+    rows = "".join(f"{k}.mp4,a caption,train,{s},{s + 1}\n" for k in range(4) for s in range(3))
+    write(tmp_path / "own.csv", "video,caption,split,start,end\n" + rows)
+    clips = with_validation(read_csv(tmp_path / "own.csv", tmp_path), "1", seed=0)
+    assert sizes(clips) == {"train": 9, "val": 3}
+    assert len({clip.path for clip in clips if clip.split == "val"}) == 1
 
 
 def test_msrvtt_test_ids_are_the_third_column_and_equal_sentences_stay_apart(msrvtt):

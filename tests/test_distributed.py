@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, small_clip
+from processes import two_ranks
 from torch.utils.data import DataLoader
 
 import train
 from engine import distributed
-from engine.backbone import load_file
+from engine.config import RECIPES, Config
 from engine.experiment import read_log
 from engine.files import DataError, ModelError
+from engine.optim import TrainState, train_mode
+from engine.weights import load_file
+from model import TMASS
 
 
 @pytest.fixture
@@ -44,13 +48,12 @@ def torchrun(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([str(x) for x in command], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_two_processes_give_loss_gradients_and_weights_of_one(flags, tmp_path):
     """By micro-batches of three: the first process has one of them, the second two."""
     train.main([*flags, "--out", str(tmp_path / "one")])
-    done = torchrun(ROOT / "train.py", *flags, "--micro-batch", "3", "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation:") == 1  # only rank 0 writes
+    more = ["--micro-batch", "3", "--out", str(tmp_path / "two")]
+    printed = two_ranks(train.main, [*flags, *more], folder=tmp_path)
+    assert "".join(printed).count("validation:") == 1  # only rank 0 writes
     one, two = (load_file(tmp_path / name / "last.pt") for name in ("one", "two"))
     start, moved = load_file(tmp_path / "vit.pt"), 0.0
     for name, value in one["model"].items():
@@ -68,30 +71,19 @@ def test_two_processes_give_loss_gradients_and_weights_of_one(flags, tmp_path):
     assert rows[1][1]["val"] == rows[0][1]["val"]
 
 
-# Takes steps on the same batch in every case, and saves the gradients and weights of rank 0.
-STEPS = """
-import sys, torch
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-torch.set_num_threads(1)
-from conftest import small_clip
-from engine import distributed
-from engine.config import Config, RECIPES
-from engine.optim import TrainState, train_mode
-from model import TMASS
-from train import Encoder, train_step
-
-sizes = dict(num_frames=3, batch=7, clip_lr=1e-5, head_lr=1e-5, augment=False)
-plain = dict(method="tmass", fusion="xpool", radius="linear", trunk="vit")
-cases = {{
-    "paper": {{}}, "best": RECIPES["best"], "every": dict(pairs="every"), "batch norm": dict(trunk="resnet"),
+SIZES = dict(num_frames=3, batch=7, clip_lr=1e-5, head_lr=1e-5, augment=False)
+PLAIN = dict(method="tmass", fusion="xpool", radius="linear", trunk="vit")
+CASES = {
+    "paper": {}, "best": RECIPES["best"], "every": dict(pairs="every"), "batch norm": dict(trunk="resnet"),
     "xpool": dict(method="xpool", radius="none"), "clip": dict(freeze="clip"), "micro": dict(micro_batch=2),
-}}
+}  # fmt: skip
 
-def steps(name, pairs=7):
-    options = {{**plain, **cases[name]}}
+
+def two_steps(name: str, pairs: int = 7) -> tuple[float, dict, dict]:
+    """Two steps on the same batch. Returns the last loss, the gradients and the weights."""
+    options = {**PLAIN, **CASES[name]}
     model = TMASS(small_clip(options.pop("trunk")), options["fusion"], options["radius"], num_frames=3)
-    config = Config(**sizes, **options)
+    config = Config(**SIZES, **options)
     torch.manual_seed(0)
     frozen = config.freeze != "none"
     images = torch.randint(0, 255, (pairs, 3, 3, 32, 32), dtype=torch.uint8)
@@ -101,33 +93,28 @@ def steps(name, pairs=7):
         (model.clip if config.freeze == "clip" else model.clip.visual).requires_grad_(False)
         model.logit_scale.requires_grad_(True)
     train_mode(model, config)
-    state, encoder = TrainState(model, config, total=10), distributed.wrap(Encoder(model, config))
-    own = distributed.shard(pairs)
+    state = TrainState(model, config, total=10)
+    encoder, own = distributed.wrap(train.Encoder(model, config)), distributed.shard(pairs)
     for _ in range(2):
-        loss, _ = train_step(state, encoder, images[own], tokens[own], config, pairs)
-    found = {{n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}}
-    return loss.item(), found, {{n: x.clone() for n, x in model.state_dict().items()}}
-
-distributed.init_distributed("cpu")
-rank, world = distributed.rank_and_world()
-result = {{name: steps(name) for name in cases}}
-if rank == world - 1:
-    torch.save(result, sys.argv[1])
-"""
+        loss, _ = train.train_step(state, encoder, images[own], tokens[own], config, pairs)
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), found, {n: x.clone() for n, x in model.state_dict().items()}
 
 
-@pytest.mark.slow
+def save_steps(path: Path) -> None:
+    """Takes the steps of every case, and saves what the second process has."""
+    distributed.init_distributed("cpu")
+    result = {name: two_steps(name) for name in CASES}
+    if distributed.rank_and_world() == (1, 2):
+        torch.save(result, path)
+
+
 def test_every_recipe_has_the_gradients_of_one_process(tmp_path):
     """Seven pairs on two processes; also with frozen parts, and with BatchNorm, which stays as it is."""
-    script = tmp_path / "steps.py"
-    script.write_text(STEPS.format(root=str(ROOT), tests=str(Path(__file__).parent)))
-    alone = subprocess.run([sys.executable, script, tmp_path / "one.pt"], capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
-    done = torchrun(script, tmp_path / "two.pt")
-    assert done.returncode == 0, done.stderr
-    one, two = load_file(tmp_path / "one.pt"), load_file(tmp_path / "two.pt")
-    for name in one:
-        (loss, gradients, weights), (same_loss, same_gradients, same_weights) = one[name], two[name]
+    two_ranks(save_steps, tmp_path / "two.pt", folder=tmp_path)
+    two = load_file(tmp_path / "two.pt")
+    for name in CASES:
+        (loss, gradients, weights), (same_loss, same_gradients, same_weights) = two_steps(name), two[name]
         assert loss == pytest.approx(same_loss, rel=1e-5) and gradients.keys() == same_gradients.keys(), name
         flat, same = (torch.cat([x.flatten() for x in g.values()]) for g in (gradients, same_gradients))
         assert flat.norm() > 0 and (flat - same).norm() < 1e-5 * flat.norm(), name
@@ -246,6 +233,19 @@ def test_auto_is_cuda_if_there_is_one_and_a_broken_one_is_named(monkeypatch):
         distributed.choose_device("auto")
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\na total capacity"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+])  # fmt: skip
+def test_a_lack_of_memory_is_one_sentence_with_the_advice(error):
+    says = r"^the memory of the device is too small \(.*allocate.*\): lower --batch\.$"
+    with pytest.raises(ModelError, match=says), distributed.enough_memory("lower --batch"):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), distributed.enough_memory("lower --batch"):
+        raise RuntimeError("a bug")
+
+
 TORCHRUN = dict(WORLD_SIZE="3", RANK="2", LOCAL_RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
 
 
@@ -324,6 +324,27 @@ def test_a_killed_worker_gives_one_sentence(number):
     ) as error:
         list(distributed.loaded(DataLoader(Killed(number), batch_size=None, num_workers=1)))
     assert "\n" not in str(error.value) and "--shm-size" in str(error.value)
+
+
+class Signalled(torch.utils.data.Dataset):
+    """Its process group gets SIGTERM and SIGINT while the second batch is loaded."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return index
+
+
+def test_signals_for_all_processes_do_not_end_the_workers():
+    """As Slurm, systemd and `timeout` send them: the process that trains ends its step, with its batches."""
+    loader = DataLoader(
+        Signalled(), batch_size=None, num_workers=1, worker_init_fn=distributed.ignore_signals
+    )
+    assert list(distributed.loaded(loader)) == [0, 1, 2]
 
 
 class Failing(DataLoader):

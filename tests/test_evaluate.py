@@ -15,12 +15,14 @@ from conftest import ROOT, randn, random_model
 
 import evaluate
 import model as model_module
+import train
 from engine.checkpoint import open_checkpoint, save_checkpoint
 from engine.datasets import DATASETS, cache_folder, of_split, read_csv
 from engine.distributed import gather, shard
 from engine.features import extract_features, feature_cache
 from engine.frames import FrameCache
 from engine.scoring import noise_bank, scores
+from engine.weights import load_file
 from evaluate import scores_literal
 from model import MeanPool
 
@@ -128,6 +130,35 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_metrics_are_printed(run
     assert "| T-MASS, M = 3 |" in printed and "written:" not in printed
 
 
+def test_a_run_without_validation_is_that_of_its_last_step_and_is_evaluated(
+    run, clips_folder, weights, tmp_path
+):
+    flags = [*data_flags(clips_folder), "--arch", "tiny", "--weights", str(weights), "--device", "cpu"]
+    flags += ["--num-frames", "3", "--batch", "8", "--epochs", "1", "--val", "none", "--out", "runs/none"]
+    train.main([*flags, "--recipe", "released", "--max-steps", "1"])
+    train.main([*flags, "--recipe", "released", "--max-steps", "1", "--resume"])
+    best, last = (load_file(tmp_path / "runs" / "none" / name) for name in ("best.pt", "last.pt"))
+    assert best["step"] == last["step"] == last["validated"] == 1 and best["val"] is None
+    assert all(torch.equal(best["model"][name], value) for name, value in last["model"].items())
+    assert {group["eps"] for group in last["optimizer"]["param_groups"]} == {1e-6}
+    W = last["model"]["radius.linear.weight"]
+    assert (W - torch.eye(*W.shape)).abs().max() < 0.01
+    run("--checkpoint", "runs/none", "runs/one")
+    assert (tmp_path / "runs" / "none" / "results.json").exists()
+    with pytest.raises(SystemExit, match=r"no clip has split 'val': .* train\.py --val N"):
+        run("--checkpoint", "runs/none", "--split", "val")
+
+
+def test_val_of_a_run_is_what_it_was_validated_on(run, clips_folder, weights, tmp_path):
+    flags = [*data_flags(clips_folder), "--arch", "tiny", "--weights", str(weights), "--device", "cpu"]
+    flags += ["--num-frames", "3", "--batch", "8", "--max-steps", "1", "--val", "5", "--M", "3"]
+    train.main([*flags, "--amp", "off", "--out", "runs/five"])
+    run("--checkpoint", "runs/five", "runs/one", "--split", "val")
+    found = json.loads((tmp_path / "runs" / "five" / "results.json").read_text())
+    assert found["videos"] == 5
+    assert found["metrics"] == load_file(tmp_path / "runs" / "five" / "best.pt")["val"]
+
+
 @pytest.mark.parametrize("flag, value", [("--M", "-1"), ("--batch", "0"), ("--prior-std", "nan")])
 def test_numbers_out_of_range_give_one_sentence(run, flag, value):
     with pytest.raises(SystemExit, match=f"^error: {flag} {value}: give a number from [01] (on|to .*).$"):
@@ -199,8 +230,11 @@ def test_every_row_of_the_released_protocol_says_that_it_leaks_and_its_files_too
 
 
 def test_dual_softmax_is_called_transductive(run, capsys):
-    assert run("--dsl")["metrics"] != run()["metrics"]
-    assert "| T-MASS, M = 3, DSL (transductive) |" in capsys.readouterr().out
+    without, alone = run()["metrics"], run("--dsl")
+    assert alone["metrics"] != without and alone["config"]["dsl"] == "temperature"
+    assert "| T-MASS, M = 3, DSL temperature (transductive) |" in capsys.readouterr().out
+    assert run("--dsl", "released")["config"]["dsl"] == "released"
+    assert "| T-MASS, M = 3, DSL released (transductive) |" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- a psi of one's own

@@ -1,7 +1,6 @@
 """The files of a run, how it is stopped, and how it is resumed."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,17 +12,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import ROOT
 from test_train import csv_config, of_method, same_weights
 
 import train
-from engine.backbone import load_file
 from engine.checkpoint import open_checkpoint
 from engine.config import RECIPES, Config
 from engine.experiment import Claim, Interrupt, Log, finished, git_commit, open_run, read_log, run_folder
 from engine.files import ModelError
+from engine.weights import load_file
 
 
 @pytest.fixture
@@ -268,15 +268,10 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
     """kill -9 at a random moment: in a step, a validation, or the writing of a checkpoint, or before them."""
     config = replace(config, epochs=1 + KILLS, max_steps=9 + 6 * KILLS, save_every=1)  # 10 steps an epoch
     whole = train.train(replace(config, out=tmp_path / "whole", save_every=0))
-    context, rng = multiprocessing.get_context("forkserver"), random.Random()
-    context.set_forkserver_preload(["train"])  # imported once: a start costs a fork
+    rng = random.Random()
 
     def start():
-        process = context.Process(
-            target=quietly, args=(replace(config, resume=True), torch.get_num_threads())
-        )
-        process.start()
-        return process
+        return processes.start(train.train, replace(config, resume=True))
 
     last = config.out / "last.pt"
 
@@ -286,7 +281,7 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
     kills = []
     while len(kills) < KILLS:
         process, seen, newest = start(), 0, written()
-        steps = rng.randint(0, 4)  # kill after so many new checkpoints; 0: at any time before the first
+        steps = rng.randint(not kills, 4)  # kill after so many new checkpoints; 0: at any time before them
         end = time.monotonic() + (rng.random() if steps == 0 else 60)
         while process.is_alive() and seen < max(1, steps) and time.monotonic() < end:
             now = written()
@@ -303,13 +298,6 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_one_never_stopped
     assert end.exitcode == 0 and max(kills) > 0
     assert all(same_weights(whole / name, config.out / name) for name in ("last.pt", "best.pt"))
     assert same_rows(whole, config.out)
-
-
-def quietly(config: Config, threads: int) -> None:
-    """Trains in another process, with the same number of threads, on which the sums depend."""
-    torch.set_num_threads(threads)
-    with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
-        train.train(config)
 
 
 def test_a_run_killed_in_its_validation_loses_no_step(config, tmp_path, monkeypatch):

@@ -54,6 +54,8 @@ def test_features_are_kept_until_the_video_changes(clips, tmp_path):
     assert torch.equal(store.load(clip), features) and FeatureCache(cache, "other weights").load(clip) is None
     clip.path.unlink()
     assert torch.equal(store.load(clip), features)  # without the video
+    shutil.copy(clips[0].path, clip.path)
+    assert torch.equal(store.load(clip), features)  # of a copy, which has another time
     shutil.copy(clips[1].path, clip.path)
     assert store.load(clip) is None
     store.path(clip).write_bytes(b"half a file")

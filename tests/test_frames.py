@@ -1,5 +1,6 @@
 """The cache never serves frames other than those of the video."""
 
+import os
 import random
 import shutil
 import zipfile
@@ -52,6 +53,40 @@ def test_a_cached_video_may_be_removed(clips, tmp_path):
     frames = cache.frames(clip)
     clip.path.unlink()
     assert cache.fill([clip]) == {} and np.array_equal(cache.frames(clip), frames)
+
+
+def old_stamp(path):
+    """As versions without a hash of the file's ends wrote it."""
+    with zipfile.ZipFile(path, "a") as file:
+        *start, _, rules = file.comment.split(b" ")
+        file.comment = b" ".join([*start, rules])
+
+
+def test_a_copied_video_is_not_decoded_again_and_a_changed_one_is(clips, tmp_path, monkeypatch):
+    """`cp -r` changes the times of files. With another head or tail of the same size, it is another file."""
+    clip, decoded = replace(clips[0], path=tmp_path / "clip.mp4"), []
+    whole = clips[0].path.read_bytes()
+    monkeypatch.setattr("engine.frames.ENDS", len(whole) // 3)
+    monkeypatch.setattr("engine.frames.decode_frames", lambda *a: decoded.append(a) or decode_frames(*a))
+    cache = FrameCache(tmp_path / "cache", 2, 16)
+
+    def fill(content: bytes, time: int) -> int:
+        """The number of videos that are decoded if this one has such a content and time of change."""
+        clip.path.write_bytes(content)
+        os.utime(clip.path, ns=(time, time))
+        decoded.clear()
+        assert cache.fill([clip]) == {}
+        return len(decoded)
+
+    assert [fill(whole, 1), fill(whole, 1), fill(whole, 2)] == [1, 0, 0]
+    for place in (9, len(whole) - 1):  # in the head, and the last byte
+        content = bytearray(whole)
+        content[place] ^= 1
+        assert [fill(bytes(content), 3), fill(whole, 4)] == [1, 1]
+    assert fill(whole + b"1", 4) == 1  # another size at the same time
+    assert fill(whole, 5) == 1
+    old_stamp(cache.path(clip))
+    assert [fill(whole, 5), fill(whole, 6)] == [0, 1]  # valid while the time is the same
 
 
 def test_every_id_has_its_own_file(clips, tmp_path):

@@ -136,6 +136,14 @@ def test_radius_starts_at_its_initial_value_for_orthogonal_frames():
     )
 
 
+def test_radius_that_starts_as_the_identity_reads_frame_k_in_channel_k():
+    R = LinearRadius(FRAMES, DIM, initial=0.3)
+    torch.nn.init.eye_(R.linear.weight)  # as train.py does for --radius-start identity
+    S = cosine_similarities(text, frames)
+    expected = 0.3 * torch.cat([S.exp(), torch.ones(TEXTS, VIDEOS, DIM - FRAMES)], dim=-1)
+    assert torch.allclose(R(text, frames), expected)
+
+
 def test_radius_ignores_the_length_of_features():
     R = random_(LinearRadius(FRAMES, DIM))
     assert torch.allclose(R(9 * text, 0.1 * frames), R(text, frames), atol=1e-5)

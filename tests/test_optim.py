@@ -1,6 +1,8 @@
 """The optimizer: its schedule and groups, BatchNorm, compilation, and the guard against non-finite steps."""
 
+import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +76,35 @@ def test_state_comes_back_and_a_foreign_one_gives_one_sentence():
             other.load(content)
 
 
+@pytest.mark.parametrize("of_state, of_model", [
+    (torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last),
+])  # fmt: skip
+def test_a_state_of_another_device_continues_with_the_strides_of_this_one(of_state, of_model):
+    """AdamW's moments of a convolution that is laid out in another way, as those of a GPU on a CPU."""
+    one, _ = a_step(trunk="resnet", steps=2)
+    saved = copy.deepcopy({"model": one.model.state_dict(), **one.state_dict()})
+    for moments in saved["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].dim() == 4:
+                moments[name] = moments[name].contiguous(memory_format=of_state)
+    other = TrainState(TMASS(small_clip("resnet"), num_frames=3), Config(num_frames=3), total=10)
+    other.model.to(memory_format=of_model)
+    other.load(saved)
+    for state in (one, other):
+        for number, parameter in enumerate(state.model.parameters()):
+            parameter.grad = torch.zeros_like(parameter).copy_(randn(*parameter.shape, seed=number))
+        state.optimizer.step()
+    for mine, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-7)
+
+
+def test_a_state_of_a_clip_with_another_activation_is_refused():
+    state, _ = a_step()
+    saved = {"model": state.model.state_dict(), "arguments": {"activation": "gelu"}, **state.state_dict()}
+    with pytest.raises(ModelError, match=r"last\.pt does not fit .*its activation is gelu, not quick_gelu"):
+        state.load(saved)
+
+
 # ---------------------------------------------------------------------------------------------- compilation
 
 
@@ -85,6 +116,47 @@ def test_compiled_encoders_keep_the_names_of_checkpoints():
     compile_encoders(model, "on")
     assert model.clip.visual._compiled_call_impl and model.clip.transformer._compiled_call_impl
     assert list(model.state_dict()) == names
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """As a GPU machine with triton: a C compiler that does what tmp_path/gcc says, and Python.h."""
+    for name, content in {"gcc": "#!/bin/sh\ncat > /dev/null\n", "Python.h": ""}.items():
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CC", str(tmp_path / "gcc"))
+    monkeypatch.setattr(optim, "find_spec", lambda name: name)
+    monkeypatch.setattr(optim.sysconfig, "get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
+class OnCuda(TMASS):
+    """A model that says that it is on a GPU."""
+
+    logit_scale = SimpleNamespace(is_cuda=True)
+
+
+def test_compile_auto_compiles_where_triton_finds_all_that_it_needs(tools, monkeypatch, capsys):
+    def says() -> str:
+        model = OnCuda(small_clip("vit"))
+        compile_encoders(model, "auto")
+        line = capsys.readouterr().out
+        assert (line == "") == (model.clip.visual._compiled_call_impl is not None) and line.count("\n") < 2
+        return line.removeprefix("CLIP is not compiled: ").partition(". Training is slower")[0]
+
+    assert says() == ""
+    (tools / "gcc").write_text("#!/bin/sh\ncat > /dev/null\necho 'a.h:1: fatal error: no b.h' >&2\nexit 1\n")
+    assert says() == f"{tools}/gcc fails (a.h:1: fatal error: no b.h)"
+    (tools / "Python.h").unlink()
+    assert says() == f"triton needs Python.h, and {tools} has none (package python3-dev or python-devel)"
+    monkeypatch.setenv("CC", "no-such-cc")
+    assert says() == "triton needs a C compiler, and no-such-cc is not found"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert says() == "triton needs a C compiler, and gcc or clang is not found"
+    monkeypatch.setattr(optim, "find_spec", lambda name: None)
+    assert says() == "the package triton is not installed"
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_training_time_adds_up_over_resumptions(tmp_path):
 def numbers(config: ReproduceConfig) -> dict:
     """The metrics of every cell and way to score it, by file."""
     root = reproduce.root(config)
-    files = sorted(root.glob("*/seed*/scores/*.json"))
+    files = sorted(root.glob(f"*/seed*/{reproduce.SCORED}/*.json"))
     return {str(path.relative_to(root)): json.loads(path.read_text())["metrics"] for path in files}
 
 
@@ -236,6 +236,16 @@ def test_cells_from_before_psi_and_R_were_chosen_apart_count_as_finished(config,
         torch.save(content, path)
     monkeypatch.setattr(reproduce.train, "train", None)
     assert not reproduce.reproduce(config).failed
+
+
+def test_cells_that_were_scored_by_older_metrics_are_scored_anew_and_not_trained(config, one, monkeypatch):
+    config = replace(config, seeds=1)
+    reproduce.reproduce(config)
+    found = numbers(config)
+    for folder in reproduce.root(config).glob(f"*/seed*/{reproduce.SCORED}"):
+        folder.rename(folder.with_name("scores"))
+    monkeypatch.setattr(reproduce.train, "train", None)
+    assert not reproduce.reproduce(config).failed and numbers(config) == found
 
 
 def test_a_finished_cell_of_another_config_is_reported_and_not_shown(config, one):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 import model as tmass
-from engine.scoring import Expectation, PairNoise, best_of, noise_bank, scores
+from engine.scoring import Expectation, PairNoise, _Task, best_of, noise_bank, scores
 from evaluate import scores_literal
 from losses import cosine_scores
 from model import FUSIONS, RADII, TMASS, LinearRadius, MeanPool, XPool, matched, stochastic_text
@@ -112,6 +112,37 @@ def test_the_expectation_is_the_mean_of_many_samplings(prior, std):
     assert (expected - sampled.mean(0)).abs().max() < 0.1 * (
         point - sampled.mean(0)
     ).abs().max()  # the text itself is far off
+
+
+@pytest.mark.filterwarnings("ignore:.*scores are NaN")
+@pytest.mark.parametrize("form", [noise, PairNoise(M, seed=3), Expectation(M), Expectation(M, "uniform")])
+@pytest.mark.parametrize("form_of", ["fast", "literal"])
+def test_a_radius_of_any_size_gives_the_score_of_float64_or_nan(monkeypatch, form, form_of):
+    """Its squares overflow in float32 from about e^43 on, where a cosine was 0. Up to e^40 none is lost."""
+    if form_of == "literal":
+        monkeypatch.setattr(_Task, "without_fast_form", lambda task: "a radius")
+        monkeypatch.setattr("engine.scoring.warnings.warn", lambda *_, **__: None)
+    lost = {}
+    for log in (0, 10, 19, 40, 42, 43, 44, 45, 60):
+        models = [random_model(frames=FRAMES).to(dtype) for dtype in (torch.float32, torch.float64)]
+        for each in models:
+            each.radius.linear.bias.data += log
+        exact = scores(models[1], text.double(), frames.double(), form)
+        found = scores(models[0], text, frames, form)
+        lost[log] = found.isnan().sum().item()
+        assert ((found - exact).abs().nan_to_num() < 2e-5).all(), log
+    uniform = form == Expectation(M, "uniform")
+    assert not any(lost[log] for log in (0, 10, 19) + (() if uniform else (40,)))
+    assert lost[45] == lost[60] == TEXTS * VIDEOS
+
+
+def test_a_radius_that_is_too_large_and_texts_of_float16_give_one_sentence_each():
+    large = random_model(frames=FRAMES)
+    large.radius.linear.bias.data += 60
+    with pytest.warns(UserWarning, match="35 of 35 scores are NaN or infinite: R is too large"):
+        scores(large, text, frames, noise)
+    with pytest.raises(ValueError, match=r"^texts of float16 cannot be scored, .*: give text\.float\(\)\.$"):
+        scores(model, text.half(), frames.half(), noise)
 
 
 def test_the_largest_of_M_normals():

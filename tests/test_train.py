@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import train
-from engine.backbone import import_clip, load_file, tiny_mark
+from engine.backbone import import_clip, tiny_mark
 from engine.checkpoint import open_checkpoint
 from engine.config import METHODS, RECIPES, Config
 from engine.experiment import read_log
 from engine.files import DataError, ModelError
 from engine.optim import TrainState, compile_encoders, train_mode
+from engine.weights import load_file
 from losses import cosine_scores, symmetric_cross_entropy
 from model import TMASS
 from train import Encoder, train_step
@@ -303,6 +305,30 @@ def test_ctrl_c_before_the_first_step_says_that_it_stopped(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         train.main([])
     assert ended.value.code == 130 and capsys.readouterr().out == "stopped\n"
+
+
+def test_a_lack_of_memory_names_the_flags_that_need_less(config, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "forward", full)
+    with pytest.raises(ModelError, match=r"2\.00 GiB.*: lower --micro-batch or --batch, or use --amp bf16"):
+        train.train(config)
+
+
+def test_the_start_says_how_many_captions_an_epoch_leaves_out(config, clips_folder, tmp_path, capsys):
+    """As with MSVD, whose clips have 17 to 81: batches of one size, for any number of processes."""
+    lines = (clips_folder / "clips.csv").read_text().splitlines(keepends=True)
+    fewer = [line for number, line in enumerate(lines) if not line.startswith("clip00001") or number % 5 == 0]
+    (tmp_path / "fewer.csv").write_text("".join(fewer))
+    train.train(replace(config, annotations=tmp_path / "fewer.csv", max_steps=1))
+    captions = sum(line.endswith(("train\n", "train")) for line in fewer)
+    left = re.search(rf"\(an epoch leaves out (\d+) of {captions} captions", capsys.readouterr().out)
+    clips, _ = train.read_data(replace(config, annotations=tmp_path / "fewer.csv"))
+    batches = train.epoch_batches(clips, 8, 0, 3)
+    assert int(left[1]) == captions - sum(map(len, batches)) > 0 and {len(b) for b in batches} == {8}
+    train.train(replace(config, max_steps=1, out=tmp_path / "all"))
+    assert "leaves out" not in capsys.readouterr().out
 
 
 def test_bad_input_gives_one_sentence_and_no_traceback(clips_folder, weights, tmp_path, monkeypatch):
