@@ -30,16 +30,16 @@ from benchmarks.own_process import in_own_process  # noqa: E402
 from engine.metrics import retrieval_metrics  # noqa: E402
 from engine.scoring import default_block, noise_bank, scores  # noqa: E402
 from evaluate import scores_literal  # noqa: E402
-from model import RADII, XPool  # noqa: E402
+from model import RADII, TMASS, XPool  # noqa: E402
 
 DIM, FRAMES, M = 512, 12, 20
 
 
-class Heads(torch.nn.Module):
-    """psi and R with random weights: the parts of a model that scoring uses."""
+class Heads(TMASS):
+    """psi and R with random weights: the parts of a model that scoring uses. It has no CLIP."""
 
     def __init__(self, radius: str = "linear") -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         torch.manual_seed(0)
         self.fusion, self.radius = XPool(DIM), RADII[radius](FRAMES, DIM)
         for parameter in self.parameters():

@@ -50,6 +50,8 @@ VIT = dict(
     embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, context_length=77,
     vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12,
 )  # fmt: skip
+TOY = dict(embed_dim=32, image_resolution=32, vision_layers=1, vision_width=64, transformer_width=64)
+TOY |= dict(transformer_heads=1, transformer_layers=1, vision_patch_size=16)  # to see that a script runs
 # Dense bf16 products with float32 sums, FLOP/s, by the data sheets. The first name in the GPU's own counts.
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -69,8 +71,8 @@ def build(arch: str) -> TMASS:
     torch.manual_seed(0)
     if arch == "tiny":
         return TMASS(load_clip("tiny"), num_frames=FRAMES)
-    patch = int(arch.split("/")[1])
-    return TMASS(import_clip().model.CLIP(**VIT, vision_patch_size=patch).float(), num_frames=FRAMES)
+    sizes = TOY if arch == "toy" else dict(vision_patch_size=int(arch.split("/")[1]))
+    return TMASS(import_clip().model.CLIP(**{**VIT, **sizes}).float(), num_frames=FRAMES)
 
 
 def config_of(arch: str, batch: int, **options) -> Config:
@@ -126,13 +128,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_a_step(
-    step: Callable[[], object], device: torch.device, warm_up: int, seconds: float = SECONDS
+    step: Callable[[], object], device: torch.device, warm_up: int, seconds: float = SECONDS, each: int = 10
 ) -> float:
-    """Returns the median over rounds. A GPU is waited for only at the end of a round (10 steps)."""
+    """Returns the median over rounds. A GPU is waited for only at the end of a round (`each` steps)."""
     for _ in range(warm_up):
         step()
     synchronize(device)
-    each, rounds = 10 if device.type == "cuda" else 1, []
+    each, rounds = each if device.type == "cuda" else 1, []
     while len(rounds) < 3 or sum(rounds) * each < seconds:
         started = time.perf_counter()
         for _ in range(each):
@@ -171,26 +173,32 @@ def resident(peak: bool) -> float:
     return pages * resource.getpagesize() / 2**30
 
 
-def measure(arch: str, device: torch.device, name: str, batch: int) -> dict:
-    """Returns batch, steps/s, clips/s, memory in GiB and FLOPs of one kind of step."""
+def measure(arch: str, device: torch.device, name: str, batch: int, timing: dict, **options) -> dict:
+    """Returns batch, steps/s, clips/s, memory in GiB and FLOPs of one kind of step.
+
+    timing: arguments of seconds_a_step. options: flags of train.py besides those of STEPS."""
     model = build(arch).to(device)
     images, tokens = random_batch(model, batch, device)
     before = resident(peak=False)
-    step, _ = stepper(name, model, config_of(arch, batch, **STEPS[name]), device)
+    step, _ = stepper(name, model, config_of(arch, batch, **STEPS[name], **options), device)
     flops = count_flops(lambda: step(images, tokens)) if name == "plain" else None
-    seconds = seconds_a_step(lambda: step(images, tokens), device, warm_up=2)
+    seconds = seconds_a_step(lambda: step(images, tokens), device, warm_up=2, **timing)
     cuda = device.type == "cuda"
     gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else resident(peak=True) - before
     return {"batch": batch, "steps/s": 1 / seconds, "clips/s": batch / seconds, "gib": gib, "flops": flops}
 
 
-def case(arch: str, device: str, name: str) -> dict:
+def case(
+    arch: str, device: str, name: str, batch: int = BATCH, timing: dict | None = None, **options
+) -> dict:
     """Returns what `measure` finds. Halves the batch until it fits the memory of the GPU."""
-    batch, found = BATCH, None
+    found = None
     while found is None:
         try:
-            found = measure(arch, torch.device(device), name, batch)
+            found = measure(arch, torch.device(device), name, batch, timing or {}, **options)
         except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
             batch //= 2
         if found is None:
             torch.cuda.empty_cache()

@@ -1,11 +1,21 @@
-"""The steps that the benchmarks compare do the same work."""
+"""The steps that the benchmarks compare do the same work, and every part of the one for a GPU runs."""
 
 import importlib.util
+import json
+import operator
+import signal
+import subprocess
+import sys
+import types
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, small_clip
 
+from benchmarks import gpu, train_step
+from benchmarks.own_process import rows_of
 from engine.config import preset
 from model import TMASS
 
@@ -56,3 +66,124 @@ def test_flops_of_a_step_are_those_counted_by_hand():
     _, step, batch = a_step("plain")
     trained = frames * vision + BATCH * text + psi + radius
     assert benchmark.count_flops(lambda: step(*batch)) == 2 * frames * patches + 3 * trained
+
+
+# ------------------------------------------------------------------------------------------ the one for a GPU
+
+
+def test_every_part_of_the_gpu_benchmark_runs_on_the_cpu_at_toy_size(tmp_path, monkeypatch, capfd):
+    """In this process, with compilation only noted and without starting pytest: about 3 seconds in all."""
+
+    def here(function, *arguments, limit, log):
+        assert 5 < limit <= 150 and log.parent.is_dir()
+        return [*function(*arguments)], ""
+
+    def pytest_of(command, **_):
+        files = [name.split("::") for name in command if name.startswith("tests/")]
+        assert len(files) == 2
+        for file, *test in files:
+            assert all(f"def {name}(" in (ROOT / file).read_text() for name in test)
+        return types.SimpleNamespace(stdout="3 passed in 0.1s", returncode=0)
+
+    compiled = []
+    monkeypatch.setattr(gpu, "rows_of", here)
+    monkeypatch.setattr(gpu, "subprocess", types.SimpleNamespace(run=pytest_of, PIPE=-1, STDOUT=-2))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--device", "cpu", "--toy", "--runs", str(tmp_path)])
+    out = capfd.readouterr().out
+    assert end.value.code == 0 and "Failed: nothing." in out and len(compiled) == 4
+    (path,) = tmp_path.glob("*/gpu.json")
+    found = json.loads(path.read_text())
+    assert found["machine"]["torch"] == torch.__version__ and found["commit"] and found["device"] == "cpu"
+    parts = {name: part["rows"] for name, part in found["parts"].items()}
+    assert list(parts) == list(gpu.parts_of(gpu.TOY, tmp_path)) and all(parts.values())
+    every = [*parts["steps, toy"], *parts["compiled steps, toy"]]
+    assert len(every) == 7 and all(
+        row["ratio"] > 0 and row["MFU, %"] > 0 and row["batch"] == 3 for row in every
+    )
+    assert [row["steps"] for row in parts["short training"][:3]] == [4, 2, 4]
+    assert (
+        parts["short training"][1]["exit code"] == 130
+        and parts["short training"][2]["apart, of the way"] == 0
+    )
+    exact = [row for row in parts["device against CPU"] if "16" not in row["what"]]
+    assert len(exact) == 10 and {row["difference"] for row in exact} == {0}
+    assert all(name in out for name in parts) and parts["loader"][0]["of the fastest step"] > 0
+
+
+def test_the_gpu_benchmark_is_of_both_vits_at_the_papers_batch():
+    parts, sizes = gpu.parts_of(gpu.Sizes(), ROOT), gpu.Sizes()
+    assert {"steps, ViT-B/32", "compiled steps, ViT-B/16"} <= parts.keys() and gpu.TOTAL < 600
+    assert (sizes.batch, train_step.FRAMES) == (32, 12) and sizes.batch % sizes.micro[1] > 0
+    assert sizes.pairs[-1] == (59_800, 2990) and sizes.videos == 10**6
+
+
+def test_the_gpu_benchmark_goes_on_after_failures_until_its_time_is_over(tmp_path, monkeypatch, capfd):
+    """The first part fails, a row of the second does too, and the third takes all the time."""
+    now, asked = [0.0], []
+    found = [([], "ValueError: broken"), ([{"step": "a", "failed": "x"}], ""), ([{"tests": "1"}], "stopped")]
+
+    def rows_of(function, *_, limit, log):
+        asked.append((function.__name__, limit))
+        now[0] += 30 if len(asked) < 3 else 1000
+        return found[len(asked) - 1]
+
+    monkeypatch.setattr(gpu, "rows_of", rows_of)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--device", "cpu", "--toy", "--runs", str(tmp_path)])
+    out = capfd.readouterr().out
+    assert end.value.code == 1 and asked == [("machine", 40), ("products", 40), ("tests", 100)]
+    assert "failed: ValueError: broken" in out and out.count("not run, the 570 s of all parts are over") == 7
+    assert (
+        out.rstrip().splitlines()[-1].startswith("1060 s. Failed: machine, products, tests, device against")
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_benchmark_without_a_gpu_is_one_sentence():
+    with pytest.raises(SystemExit) as end:
+        gpu.main([])
+    assert str(end.value.code).startswith("error: --device cuda: torch cannot compute there")
+
+
+def test_a_batch_that_is_too_large_is_halved_until_it_fits(monkeypatch):
+    tried = []
+
+    def measure(arch, device, name, batch, timing):
+        tried.append(batch)
+        if batch > smallest:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"batch": batch}
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    smallest = 8
+    assert train_step.case("tiny", "cpu", "plain")["batch"] == 8 and tried == [32, 16, 8]
+    smallest = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step.case("tiny", "cpu", "plain")
+    assert tried[3:] == [32, 16, 8, 4, 2, 1]
+
+
+# ------------------------------------------------------------------------------------ a process for each part
+
+
+@pytest.mark.parametrize("function, arguments, rows, why", [
+    (map, (abs, [-1, 2]), [1, 2], ""),
+    (map, (operator.floordiv, [6, 1], [3, 0]), [2], "ZeroDivisionError: integer division or modulo by zero"),
+    (map, (signal.raise_signal, [0, signal.SIGKILL]), [None], "the process ended with exit code -9"),
+    (map, (sys.exit, [3]), [], "the process ended with exit code 3"),
+])  # fmt: skip
+def test_a_part_gives_its_rows_and_why_it_ended(function, arguments, rows, why, tmp_path):
+    assert rows_of(function, *arguments, limit=30, log=tmp_path / "log") == (rows, why)
+    assert ("Traceback" in (tmp_path / "log").read_text()) == why.startswith("Zero")
+
+
+def test_a_part_that_takes_too_long_is_ended_with_the_processes_that_it_started(tmp_path):
+    commands = [["sleep", "0"], ["sleep", "97.25"]]
+    rows, why = rows_of(map, subprocess.call, commands, limit=2, log=tmp_path / "log")
+    assert rows == [0] and why == "stopped after 2 s"
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(b"97.25" in command for command in running)
