@@ -3,13 +3,14 @@
 # make lint      checks style and format
 # make figures   runs the notebooks and keeps the key figure of each under assets/
 # make pages     writes the notebooks with their outputs as HTML pages into docs/notebooks/
+# make docs      builds the site into site/: the documents, the notebooks, the docstrings (environment: .venv-docs)
 # make sample    makes assets/tiny_tmass.safetensors, psi and R of the notebooks' model, from the demo's paper run
 #
 # PYTHON: the first of these that runs; make PYTHON=python3.12 chooses another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint figures pages sample
+.PHONY: demo test lint figures pages docs sample
 
 demo: .venv/ready
 	@echo "1 of 5: mean pooling, the tiny CLIP as it is; the clips are rendered first"
@@ -36,6 +37,9 @@ figures: .venv/ready
 pages: .venv/ready
 	$(BIN)/python notebooks/pages.py
 
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 sample: .venv/ready
 	$(BIN)/python notebooks/sample.py runs/demo/tmass-paper
 
@@ -43,4 +47,10 @@ sample: .venv/ready
 	@test -n "$(PYTHON)" || { echo "error: no python3.11, python3.12 or python3.13 found: install one of them."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-search.txt
+	touch $@
+
+# The site has an environment of its own: mkdocs imports none of our code, and no plain user needs it.
+.venv-docs/ready: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@

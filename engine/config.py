@@ -296,7 +296,8 @@ def _read(default: Kind, arguments: Sequence[str] | None, description: str) -> K
     kind, known = type(default), registered(type(default))
     values = {name: getattr(default, name) for name in known}
     types = {name: Literal[(*names, values[name])] for name, names in known.items()}
-    body = {**values, "__annotations__": types, "__doc__": kind.__doc__, "__module__": __name__}
+    line = {"__firstlineno__": kind.__firstlineno__} if hasattr(kind, "__firstlineno__") else {}  # 3.13
+    body = {**values, **line, "__annotations__": types, "__doc__": kind.__doc__, "__module__": __name__}
     listed = dataclass(frozen=True)(type(kind.__name__, (kind,), body))
     chosen = tyro.cli(listed, default=listed(**vars(default)), args=arguments, description=description)
     return kind(**vars(chosen))

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -173,12 +174,15 @@ class Run:
 
 
 def git_commit() -> str:
-    """The commit of this code; "unknown" outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of this code; "unknown" outside its repository, such as for an installed copy."""
+    root = Path(__file__).resolve().parent.parent
+    commands = ["rev-parse", "--show-toplevel"], ["describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        top, commit = (run(["git", "-C", str(root), *command]).stdout.strip() for command in commands)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return commit if Path(top) == root else "unknown"
 
 
 # ---- what is recorded

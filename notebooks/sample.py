@@ -80,6 +80,12 @@ def encode(model: TMASS, clips: Sequence[shapes.ShapesClip], captions: int = 1) 
     return Features(text, frames, torch.arange(len(clips)).repeat_interleave(captions))
 
 
+def relevant(clips: Sequence[shapes.ShapesClip], captions: int = 1) -> Tensor:
+    """Whether each clip shows what each of the first captions says: bool (captions, clips)."""
+    mentions = [caption.mentions for clip in clips for caption in clip.captions[:captions]]
+    return torch.from_numpy(shapes.fits(mentions, [clip.scenes for clip in clips]))
+
+
 def write_folder(
     folder: Path, count: int, seed: int = 99, words: dict[str, str] | None = None
 ) -> list[shapes.ShapesClip]:

@@ -72,12 +72,12 @@ def strip(pictures: Sequence[np.ndarray], title: str = "", axis: Axes | None = N
     axis.axis("off")
 
 
-def thumbnail(pictures: Sequence[np.ndarray], axis: Axes, frame: str | None = None) -> None:
+def thumbnail(pictures: Sequence[np.ndarray], axis: Axes, frame: str | None = None, line: str = "-") -> None:
     """One picture for a clip: frames of its start, middle and end, with a border of the colour `frame`."""
     axis.imshow(np.concatenate([pictures[k * len(pictures) // 12] for k in (1, 5, 10)], axis=1))
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
-        spine.set(visible=frame is not None, color=frame, linewidth=4)
+        spine.set(visible=frame is not None, color=frame, linewidth=4, linestyle=line)
 
 
 def strips(clips: dict[str, Sequence[np.ndarray]], size: tuple[float, float] = (8.4, 1.9)) -> None:
@@ -144,7 +144,9 @@ def heat_under_frames(
 
 
 def retrieved(rows, titles: Sequence[str] = (), size: tuple[float, float] = (9.6, 3.9)) -> None:
-    """Queries and the clips found for them. A row: (query, note, pictures of each clip, is each right)."""
+    """Queries and the clips found for them. A row: (query, note, pictures of each clip, is each right).
+
+    A right clip has a border, dashed for "fits": it shows what the query says, but is not the query's own."""
     found = len(rows[0][2])
     axes = plt.subplots(len(rows), 1 + found, figsize=size, width_ratios=(1.25, *[1] * found))[1]
     for line, (query, note, clips, right) in zip(axes, rows):
@@ -152,7 +154,7 @@ def retrieved(rows, titles: Sequence[str] = (), size: tuple[float, float] = (9.6
         line[0].text(0, 0, note, fontsize=7.5, color="0.4")
         line[0].axis("off")
         for axis, pictures, is_right in zip(line[1:], clips, right):
-            thumbnail(pictures, axis, MATCH if is_right else None)
+            thumbnail(pictures, axis, MATCH if is_right else None, "--" if is_right == "fits" else "-")
     for axis, title in zip(axes[0, 1:], titles):
         axis.set_title(title, fontsize=9)
 

@@ -6,7 +6,11 @@ Together they mention everything public in model.py and losses.py, and copy none
 import ast
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -174,6 +178,45 @@ def test_a_copy_would_be_found():
     code = (ROOT / "losses.py").read_text()
     edited = "\n".join(f"{line}  # mine" if line.endswith(":") else line for line in code.splitlines())
     assert runs_of(lines_of(code)) & runs_of(lines_of(edited))
+
+
+# ---- Colab
+
+
+@each_notebook
+def test_badge_and_first_cell_are_those_of_the_address_in_pyproject(path, notebook_module):
+    colab, notebook = notebook_module("colab"), json.loads(path.read_text())
+    assert colab.with_colab(notebook, path.stem, colab.address()) == notebook, "run python notebooks/colab.py"
+
+
+def test_an_address_reaches_every_badge_and_cell_and_nothing_else(notebook_module):
+    colab, notebook = notebook_module("colab"), json.loads(NOTEBOOKS[3].read_text())
+    known = colab.with_colab(notebook, "03_text_mass", "https://github.com/OWNER/NAME")
+    title, code = ("".join(cell["source"]) for cell in known["cells"][:2])
+    assert "research.google.com/github/OWNER/NAME/blob/main/notebooks/03_text_mass.ipynb)" in title
+    assert title.count("colab-badge") == 1 and 'REPOSITORY = "https://github.com/OWNER/NAME"' in code
+    assert colab.with_colab(known, "03_text_mass", colab.address()) == notebook
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["in Colab", "elsewhere"])
+def test_the_first_cell_fetches_the_repository_in_colab_and_does_nothing_elsewhere(
+    there, monkeypatch, notebook_module
+):
+    done = []
+    monkeypatch.setattr(subprocess, "run", lambda command, shell, check: done.append(command))
+    monkeypatch.setattr(os, "chdir", done.append)
+    if there:
+        monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    exec(notebook_module("colab").CELL.format("https://github.com/OWNER/NAME"), {})
+    clone = "git clone https://github.com/OWNER/NAME /content/tmass"
+    run = f"(test -d /content/tmass || {clone}) && pip install -q /content/tmass"
+    assert done == ([run, "/content/tmass/notebooks"] if there else [])
+
+
+def test_the_first_cell_asks_for_an_address_that_is_not_known(monkeypatch, notebook_module):
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    with pytest.raises(AssertionError, match="fill in REPOSITORY"):
+        exec(notebook_module("colab").CELL.format(""), {})
 
 
 # ---- their pages

@@ -27,7 +27,7 @@ ROWS = [
     ["data", "engine.checkpoint"],
     ["engine.features", "engine.optim", "engine.experiment"],
     ["engine.tiny_clip", "evaluate", "train"],
-    ["reproduce", "engine.library", "engine.server", "search"],
+    ["reproduce", "engine.library", "engine.server", "search", "mteb_model"],
 ]
 ROW = {module: number for number, row in enumerate(ROWS) for module in row}
 ALSO = {("engine.server", "engine.library"), ("search", "engine.library"), ("search", "engine.server")}
