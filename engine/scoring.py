@@ -227,6 +227,8 @@ class _Task:
         """All scores, (texts, videos). prepare(videos) gives the function that scores texts with these."""
         texts, videos = len(self.text), len(self.frames)
         columns = max(1, min(videos, max(int(pairs**0.5), pairs // max(1, texts))))
+        if self.text.is_cuda:  # frames of many videos, for few texts, must fit in as well
+            columns = max(1, min(columns, 3 * pairs // self.frames.shape[1]))
         rows = max(1, pairs // columns)
         out, starts = self.text.new_empty(texts, videos), range(0, videos, columns)
         if progress and texts * videos > 10**6:
