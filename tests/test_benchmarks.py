@@ -6,6 +6,7 @@ import operator
 import signal
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -185,5 +186,6 @@ def test_a_part_that_takes_too_long_is_ended_with_the_processes_that_it_started(
     commands = [["sleep", "0"], ["sleep", "97.25"]]
     rows, why = rows_of(map, subprocess.call, commands, limit=2, log=tmp_path / "log")
     assert rows == [0] and why == "stopped after 2 s"
+    time.sleep(0.5)  # until the kernel has removed it
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(b"97.25" in command for command in running)

@@ -287,6 +287,7 @@ class NotFused(torch.optim.AdamW):
 def test_a_step_and_its_scores_stay_on_their_device(options, monkeypatch):
     """On torch's device without memory (meta), which no tensor of the CPU may meet. AdamW is not fused."""
     monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(optim, "READS_FOUND_INF", ("meta",))
     monkeypatch.setattr(torch.optim, "AdamW", NotFused)
     steps = Steps(**{**options, "prior_std": 1.0})

@@ -38,7 +38,11 @@ FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 COMMANDS = {"data.py": ("check", "cache"), "search.py": ("index", "query", "check", "serve")}
 PROGRAMS = (train, evaluate, reproduce, data, search)
 MAINS = {f"{program.__name__}.py": program for program in PROGRAMS}
-OTHERS = {"--save_memory_mode", "--nproc-per-node"}  # of the released code, of torchrun
+OTHERS = {
+    "--save_memory_mode",
+    "--nproc-per-node",
+    "--toy",
+}  # of the released code, torchrun, benchmarks/gpu.py
 
 
 def text_of(path: Path) -> str:

@@ -20,6 +20,7 @@ ROWS = [
         "engine.tables",
         "engine.uneven",
         "engine.folder",
+        "engine.hub",
     ],
     ["engine.video", "engine.finding"],
     ["engine.datasets", "engine.scenes"],

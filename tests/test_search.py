@@ -20,7 +20,7 @@ pytest.importorskip("pymilvus", reason="pip install -r requirements-search.txt")
 pytest.importorskip("milvus_lite", reason="pip install -r requirements-search.txt")
 
 import test_library
-from test_library import contents, sentence
+from test_library import assert_same, contents, sentence
 
 import search
 import shapes
@@ -111,7 +111,8 @@ def test_a_library_holds_each_file_under_its_own_name_with_the_features_of_its_o
     for name in NAMES:
         (row,), frames = library.clips_of(name)
         images, _ = read_clip(Clip(name, indexed[1] / name, (), ""), FRAMES, model.resolution)
-        assert torch.equal(frames, search.encode(model, images[None]).half().float())
+        expected = search.encode(model, images[None]).half().float()
+        torch.testing.assert_close(frames, expected, rtol=2e-3, atol=1e-4)  # another batch size: the last bit
         assert row["start"] == 0 and row["end"] is None
         assert library.path(name).samefile(indexed[1] / name)
 
@@ -130,7 +131,7 @@ def test_indexing_again_reads_only_what_is_new_or_changed_and_drops_what_is_gone
     changes = f"1 new, 1 read again, 2 removed, {CLIPS - 3} unchanged, 0 broken"
     assert f"{CLIPS - 1} clips of {CLIPS - 1} files; {changes}" in index()
     assert f"{CLIPS - 1} clips" in index(library=str(tmp_path / "fresh.db"))
-    assert contents(Library(str(tmp_path / "library.db"))) == contents(Library(str(tmp_path / "fresh.db")))
+    assert_same(Library(str(tmp_path / "library.db")), Library(str(tmp_path / "fresh.db")))
 
 
 @pytest.mark.parametrize("step", ["begin", "add", "finish"])
@@ -156,7 +157,7 @@ def test_index_continues_after_it_was_stopped_at_any_step(
         f"; {CLIPS - 3 - len(unfinished)} new, {len(unfinished)} read again, 0 removed, 3 unchanged"
         in index()
     )
-    assert contents(library) == contents(Library(indexed[0]))
+    assert_same(library, Library(indexed[0]))
 
 
 def test_index_continues_after_kill_9(index, folder, checkpoint, indexed, tmp_path):
@@ -171,7 +172,7 @@ def test_index_continues_after_kill_9(index, folder, checkpoint, indexed, tmp_pa
     process.wait()
     assert 0 < len(Library(str(library)))
     assert f"{CLIPS} clips of {CLIPS} files" in index()
-    assert contents(Library(str(library))) == contents(Library(indexed[0]))
+    assert_same(Library(str(library)), Library(indexed[0]))
 
 
 def test_broken_files_are_listed_and_read_again_when_they_change_or_when_asked(index, folder, rendered):
