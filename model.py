@@ -62,9 +62,7 @@ class XPool(nn.Module):
     def attention(self, text: Text, frames: Frames) -> Float[Tensor, "texts videos heads frames"]:
         """a: the weight of each frame for each text. Sums to one over the frames."""
         query = self.query(self.norm1(text)).unflatten(-1, (self.heads, -1))  # (texts, heads, dim / heads)
-        key = self.key(self.norm1(frames)).unflatten(
-            -1, (self.heads, -1)
-        )  # (videos, frames, heads, dim / heads)
+        key = self.key(self.norm1(frames)).unflatten(-1, (self.heads, -1))  # (videos, frames, heads, ...)
         return (torch.einsum("thd,vfhd->tvhf", query, key) / query.shape[-1] ** 0.5).softmax(dim=-1)
 
     def forward(self, text: Text, frames: Frames) -> Pairs:
@@ -204,11 +202,9 @@ class TMASS(nn.Module):
         initial_radius: float = 1.0,
     ):
         super().__init__()
-        for what, name, names in (("fusion", fusion, FUSIONS), ("radius", radius, ["none", *RADII])):
-            if name not in names:
-                raise ValueError(
-                    f"unknown {what} {name!r}: choose {', '.join(names)}, or list it in model.py."
-                )
+        for what, key, keys in (("fusion", fusion, FUSIONS), ("radius", radius, ["none", *RADII])):
+            if key not in keys:
+                raise ValueError(f"unknown {what} {key!r}: choose {', '.join(keys)} or list it in model.py.")
         dim = clip.text_projection.shape[1]
         self.arguments = dict(fusion=fusion, radius=radius, num_frames=num_frames, heads=heads)
         self.arguments |= dict(dropout=dropout, initial_radius=initial_radius)
@@ -233,13 +229,17 @@ class TMASS(nn.Module):
         return self.clip.encode_image(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
 
     def save_pretrained(self, folder, **more) -> None:
-        """Writes model.safetensors and config.json into a folder (engine/checkpoint.py)."""
+        """Writes model.safetensors, config.json, README.md into a folder (engine/checkpoint.py)."""
         importlib.import_module("engine.checkpoint").save_pretrained(self, folder, **more)
 
+    def push_to_hub(self, name: str, **more) -> str:
+        """Sends that folder to the Hugging Face Hub as user/name (engine/checkpoint.py)."""
+        return importlib.import_module("engine.checkpoint").push_to_hub(self, name, **more)
+
     @staticmethod
-    def from_pretrained(folder) -> "TMASS":
-        """The model that save_pretrained wrote, on the CPU, in eval mode (engine/checkpoint.py)."""
-        return importlib.import_module("engine.checkpoint").from_pretrained(folder)
+    def from_pretrained(folder, revision: str | None = None) -> "TMASS":
+        """The model in that folder, or of user/name on the Hub, on the CPU, in eval mode."""
+        return importlib.import_module("engine.checkpoint").from_pretrained(folder, revision)
 
 
 # Moved to engine/ and still importable from here; imported on first use, so this file can be copied alone.

@@ -12,7 +12,6 @@ one per GPU; each takes cells that no other works on. A row is compared with its
 
 import fcntl
 import json
-import math
 import os
 import platform
 import re
@@ -29,7 +28,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import t as student_t
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -47,111 +45,13 @@ from engine.datasets import of_split, read_clips
 from engine.distributed import choose_device
 from engine.experiment import read_log
 from engine.files import DataError, ModelError, write_atomic, writing
+from engine.intervals import over_seeds, over_seeds_and_clips
+from engine.metrics import first_hits
+from engine.paper_tables import DIGITS, HONEST, LEAKS, PAIRS, RELEVANCE, SCORES, TABLES, Row, Table
 from engine.plots import plot_curves, plot_histograms, plot_rows
 from engine.weights import load_file
 from evaluate import Opened, measure, open_run, score_all
-from model import RADII
 
-# ------------------------------------------------------------------------- the experiments, as rows of flags
-
-MEAN = {"method": "clip"}
-XPOOL = {"method": "xpool"}
-PAPER = {"method": "tmass", "recipe": "paper"}
-BEST = {"method": "tmass", "recipe": "best"}
-
-# Ways to score a trained model, as flags of evaluate.py. Without a mass, t itself is scored in all of them.
-SCORES: dict[str, dict] = {
-    **{f"M={M}": dict(M=M) for M in (0, 1, 5, 10, 20, 30, 50)},
-    "expected": dict(score="expected"), "expected, M=1": dict(score="expected", M=1),
-    "first": dict(captions="first"), "first, expected": dict(captions="first", score="expected"),
-    "first, M=0": dict(captions="first", M=0), "LEAKS": dict(captions="first", protocol="released"),
-    "first, one draw": dict(captions="first", M=1, noise="independent"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table: the flags of train.py it is trained with, and how it is scored (a key of SCORES)."""
-
-    name: str
-    flags: dict
-    score: str = "M=20"
-    baseline: str | None = None  # the row it is compared with; default: the first of the table
-    x: float | int | None = None  # its place on the axis of the figure
-
-
-RANKS = tuple(f"{way} {metric}" for way in ("t2v", "v2t") for metric in ("R@1", "R@5", "R@10", "MdR", "MnR"))
-RELEVANCE = ("t2v fits@1", "t2v R-Precision", "t2v mAP@R")  # shown where it is known what is relevant
-PAIRS = ("cosine of irrelevant pairs", "cosine of relevant pairs", "loss of relevant pairs")
-DIGITS = dict.fromkeys(PAIRS, 3)  # decimals of a number in a table; others have one
-HONEST, LEAKS = "one caption a clip: t2v R@1", "one caption a clip, released protocol, LEAKS: t2v R@1"
-
-
-@dataclass(frozen=True)
-class Table:
-    """An experiment: its rows (the first is the baseline), and which numbers of them are shown."""
-
-    title: str
-    rows: tuple[Row, ...]
-    axis: str | None = None  # what the x axis of the figure shows; without: rows one above the other
-    leaks: bool = False  # two more columns: one caption a clip, without the leak and by the released protocol
-    columns: tuple[str, ...] = RANKS
-    compared: tuple[str, ...] = ("t2v R@1", "v2t R@1")
-    note: str = ""  # how the experiment of the paper is read
-
-
-FORMS = {"fixed": "exp(mean S)", "scalar": "exp(theta mean S)", "linear": "exp(S W + b)"}  # b: the release's
-
-TABLES: dict[str, Table] = {
-    "recipes": Table("X-Pool, the paper's recipe, the best recipe", (
-        Row("X-Pool", XPOOL), Row("T-MASS, paper", PAPER),
-        Row("T-MASS, paper, expected best", PAPER, "expected"), Row("T-MASS, best recipe", BEST, "expected"),
-        Row("T-MASS, best recipe, 20 draws", BEST), Row("T-MASS, best recipe, t alone", BEST, "M=0"),
-    ), leaks=True, note="The released protocol needs one caption a clip, and pools each video by its own."),
-    "methods": Table("mean pooling, X-Pool and T-MASS, text-to-video and video-to-text", (
-        Row("X-Pool", XPOOL), Row("mean pooling", MEAN), Row("T-MASS, paper", PAPER),
-    ), note="Mean pooling has X-Pool's flags; with --freeze clip it is the pretrained CLIP, unchanged."),
-    "radius": Table("forms of the radius", (
-        Row("X-Pool", XPOOL),
-        *(Row(f"R = {FORMS[kind]}", {**PAPER, "radius": kind}) for kind in RADII if kind in FORMS),
-    )),
-    "ablation": Table("text, stochastic text and losses", (
-        Row("t, L_ce", XPOOL), Row("t_s, L_ce + L_s", {**PAPER, "alpha": 0.0, "ce": 1.0}),
-        Row("t_s, L_s", {**PAPER, "alpha": 0.0}), Row("t_s, L_s + alpha L_sup", PAPER),
-    ), note="t alone is X-Pool."),
-    "parts": Table("parts of the best recipe", (
-        Row("X-Pool", XPOOL), Row("best recipe", BEST, "expected"),
-        Row("R = exp(S W + b), its rate 1e-2", {**BEST, "radius": "linear", "radius_lr": 1e-2}, "expected"),
-        Row("without L_ce", {**BEST, "ce": 0.0}, "expected"),
-        Row("M = 1: no choice among draws", {**BEST, "M": 1}, "expected, M=1"),
-        Row("its R, with the paper's training", {**PAPER, "radius": "joint"}),
-    ), note="The best recipe with one part left out or changed. The last row has the paper's losses, rates "
-            "and 20 draws. With M = 1 the score is the mean over the mass: no draw is chosen. Checkpoints "
-            "are chosen by drawn scores in every row."),
-    "M": Table("texts drawn for each pair at test time, the paper's recipe", tuple(
-        Row(f"M = {M}", PAPER, f"M={M}", x=M) for M in (0, 1, 5, 10, 20, 30, 50)
-    ), axis="M", note="One training a seed; M = 0 scores t itself."),
-    "alpha": Table("weight of the support-text loss", tuple(
-        Row(f"alpha = {a:g}", {**PAPER, "alpha": a}, x=a) for a in (0.0, 0.4, 0.8, 1.2, 1.6, 2.0)
-    ), axis="alpha"),
-    "frames": Table("frames a clip", tuple(
-        Row(f"{name}, T' = {n}", {**flags, "num_frames": n}, baseline=f"X-Pool, T' = {n}", x=n)
-        for name, flags in (("X-Pool", XPOOL), ("T-MASS", PAPER)) for n in (4, 8, 12)
-    ), axis="T'", note="In training and test. The baseline is X-Pool with as many frames."),
-    "analysis": Table("irrelevant and relevant pairs (the paper's further analysis)", (
-        Row("T-MASS, paper: t", PAPER, "first, M=0"),
-        Row("T-MASS, paper: t_s, one draw", PAPER, "first, one draw"),
-        Row("T-MASS, paper: t_s, best of 20", PAPER, "first"), Row("X-Pool: t", XPOOL, "first"),
-        Row("T-MASS, best recipe: t_s, expected best", BEST, "first, expected"),
-    ), columns=(*PAIRS, "t2v R@1"), compared=(PAIRS[0], PAIRS[2]),
-       note="One caption a clip. Irrelevant: a text and each video except its own, pooled by that text. Loss "
-            "of a relevant pair: its term of L_ce in a batch of test pairs, - log softmax at the run's "
-            "temperature, mean of both directions. One draw: each pair has its own."),
-    "curves": Table("training curves", (
-        Row("X-Pool", XPOOL), Row("T-MASS, paper", PAPER), Row("T-MASS, best recipe", BEST, "expected"),
-    ), columns=("t2v R@1", "v2t R@1"),
-       note="Loss: L_ce of X-Pool, L_s of T-MASS. Recall by step is on validation, the table on test."),
-}  # fmt: skip
 Name = Literal[tuple(TABLES)]
 
 
@@ -179,7 +79,7 @@ class ReproduceConfig:
 
 
 ADVICE = "free some space, or name another --out; finished cells are kept."
-SCORED = "scores-2"  # folder of a cell's results; another number when metrics change: all is scored anew
+SCORED = "scores-3"  # folder of a cell's results; another number when metrics change: all is scored anew
 # On the built-in clips psi and R train alone, on fixed features. Rates: tuned for X-Pool on validation.
 HEADS = dict(freeze="clip", batch=32, epochs=6, clip_lr=3e-4, head_lr=5e-4)
 
@@ -384,6 +284,9 @@ def score(config: EvaluationConfig, opened: Opened) -> dict:
     matrix = score_all(config, opened)
     found = dict(metrics=measure(config, opened, matrix), split=config.split, machine=machine(config.device))
     found |= dict(texts=matrix.shape[0], videos=matrix.shape[1], listed=opened.listed)
+    hits = first_hits(matrix, opened.features.owner)
+    found["first hits"] = {way: " ".join(f"{hit:g}" for hit in each.tolist()) for way, each in hits.items()}
+    found["owner"] = " ".join(map(str, opened.features.owner.tolist()))
     if config.captions == "first" and config.protocol == "paper":
         found["panels"] = further_analysis(matrix, opened.model.logit_scale.exp().item(), config.batch)
     return found
@@ -425,21 +328,26 @@ def machine(device: str) -> str:
 # ----------------------------------------------------------------------------------------- tables and figures
 
 
-def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict | None:
-    """Returns {"mean", "half", "seeds"} of values - baseline over the n seeds of both; None if n = 0.
+def clip_interval(
+    name: str, found: Mapping[int, dict], baseline: Mapping[int, dict]
+) -> tuple[float, float] | None:
+    """Returns the 95 % interval over seeds and clips of the difference of two rows in "t2v R@1" or "v2t R@1".
 
-    The 95 % confidence interval is mean +- half with half = t_{n-1} std / sqrt(n), None if n = 1. It is over
-    seeds and says nothing about other test sets."""
-    differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-    n = len(differences)
-    if n == 0:
+    found, baseline: the results of each seed. None for other metrics, without a common seed, or where the
+    rows have other queries."""
+    seeds, way = sorted(found.keys() & baseline.keys()), name.removesuffix(" R@1")
+    if not seeds or way not in ("t2v", "v2t") or found[seeds[0]]["owner"] != baseline[seeds[0]]["owner"]:
         return None
-    half = student_t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
-    return {"mean": statistics.mean(differences), "half": half, "seeds": n}
+    both = ([rows[seed]["first hits"][way].split() for seed in seeds] for rows in (found, baseline))
+    owner = np.array(found[seeds[0]]["owner"].split(), int)
+    clips = owner if way == "t2v" else np.unique(owner)
+    hits = (np.array(numbers, float) for numbers in both)
+    return over_seeds_and_clips(*hits, clips) if len(np.unique(clips)) > 1 else None
 
 
 def summary(jobs: Jobs, table: Table) -> dict[str, dict]:
-    """Returns of each row "values" {metric: {seed: value}}, "differences" {metric: paired_difference} ..."""
+    """Returns of each row "values" {metric: {seed: value}}, "differences" {metric: over_seeds, and "clips":
+    clip_interval} and others."""
     content: dict[str, dict] = {}
     for row in table.rows:
         values: dict[str, dict[int, float]] = {}
@@ -457,7 +365,13 @@ def summary(jobs: Jobs, table: Table) -> dict[str, dict]:
     for row in content.values():
         baseline = content[row["baseline"]]["values"] if row["baseline"] else {}
         both = [name for name in row["values"] if name in baseline]
-        row["differences"] = {name: paired_difference(row["values"][name], baseline[name]) for name in both}
+        row["differences"] = {name: over_seeds(row["values"][name], baseline[name]) for name in both}
+    results = {row.name: jobs.read(row) for row in table.rows}
+    for row, own in content.items():
+        for name in {*table.compared} & own["differences"].keys():
+            if own["differences"][name] is not None:
+                clips = clip_interval(name, results[row], results[own["baseline"]])
+                own["differences"][name]["clips"] = clips
     return content
 
 
@@ -476,15 +390,19 @@ def markdown(table: Table, content: dict[str, dict]) -> str:
         found, d = row["differences"].get(name), DIGITS.get(name, 1)
         if row["baseline"] is None or found is None:
             return "-"
-        mean, half = found["mean"], found["half"]
-        return f"{mean:+.{d}f}" + ("" if half is None else f" [{mean - half:+.{d}f}, {mean + half:+.{d}f}]")
+        mean, half, clips = found["mean"], found["half"], found.get("clips")
+        over = "" if half is None else f" [{mean - half:+.{d}f}, {mean + half:+.{d}f}]"
+        return f"{mean:+.{d}f}{over}" + (
+            "" if clips is None else f" ([{clips[0]:+.{d}f}, {clips[1]:+.{d}f}])"
+        )
 
     known = {name for row in content.values() for name in row["values"]}
     columns = [*table.columns, *((HONEST, LEAKS) if table.leaks else ())]
     columns += [name for name in RELEVANCE if name in known]
     baselines = {row["baseline"] for row in content.values()} - {None}
     than = baselines.pop() if len(baselines) == 1 else "its baseline"
-    compared = [f"{name}: difference to {than}, 95 % interval" for name in table.compared]
+    over = "95 % interval over seeds (over seeds and clips)"
+    compared = [f"{name}: difference to {than}, {over}" for name in table.compared]
     lines = [["", *columns, *compared, "seeds"]]
     for name, row in content.items():
         seen = {column: [*row["values"].get(column, {}).values()] for column in columns}

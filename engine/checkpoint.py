@@ -2,17 +2,24 @@
 
     file                  holds                                            written by
     best.pt, last.pt      {"model", "arguments", "config", ...}            save_checkpoint
-    model.safetensors     the weights; config.json beside it: the rest     save_pretrained
+    model.safetensors     the weights; config.json, README.md beside it    save_pretrained
     model_best.pth        {"epoch", "state_dict", "optimizer"}             the released T-MASS and X-Pool code
 
 "model" is the state dict of TMASS, "arguments" are its arguments (with "activation" if CLIP has GELU),
 "config" is the config it was trained with. A file loads strictly, all sizes are read from it, and no code in
 it is run. A checksum reveals damage: torch stores one of each part of a .pt file, config.json has one of
-itself and the weights. Old files have none."""
+itself and the weights. Old files have none.
 
+    python -m engine.checkpoint save RUN FOLDER         # writes a run as save_pretrained does
+    python -m engine.checkpoint push RUN USER/NAME      # sends that folder to the Hugging Face Hub"""
+
+import argparse
 import json
+import sys
+import tempfile
+import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -21,14 +28,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine import backbone, weights
-from engine.backbone import activation_of, laid_out, new_clip
-from engine.config import METHODS, RANGES, Config, changes, plain, upgrade_config
+from engine import backbone, hub, weights
+from engine.backbone import activation_of, clip_sizes, laid_out, new_clip
+from engine.config import METHODS, RANGES, Config, changes, label, plain, upgrade_config
 from engine.files import ModelError, write_atomic, writing
 from engine.weights import MISMATCH, first_line, load_file
 from model import TMASS
 
 NO_SPACE = "free some space there, or name another folder; an older file of this name is unchanged."
+# What a checkpoint may record beside weights, arguments and config, for the card.
+RECORDED = ("val", "step", "commit", "machine", "clips", "results", "license")
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -42,18 +51,53 @@ def save_checkpoint(path: Path | str, model: TMASS, **more) -> None:
 
 
 def save_pretrained(model: TMASS, folder: Path | str, **more) -> None:
-    """Writes model.safetensors, and config.json with the arguments of TMASS and `more` (plain values).
+    """Writes model.safetensors, config.json and the card README.md: the layout of PyTorchModelHubMixin.
 
-    Raises ModelError if they cannot be written."""
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    stored = safetensors.torch.save(state)
-    config = json.loads(json.dumps({"model_type": "tmass", "arguments": arguments_of(model), **more}))
-    config["checksum"] = checksum(config, [stored])
-    text = json.dumps(config, indent=2) + "\n"
-    # The large file first: if the disk is full, the older pair is unchanged.
-    for name, content in (("model.safetensors", stored), ("config.json", text.encode())):
-        with writing(Path(folder) / name, ModelError, NO_SPACE):
-            write_atomic(Path(folder) / name, content)
+    config.json holds the arguments of TMASS and CLIP, and `more` (plain values). Of more["config"], the
+    config of the training, paths are left out. A README.md without hub.MARK is kept. Raises ModelError if a
+    file cannot be written."""
+    folder, state = Path(folder), {name: x.contiguous() for name, x in model.state_dict().items()}
+    stored, sizes = safetensors.torch.save(state), clip_sizes(model.clip.state_dict())
+    config = {"config": hub.public_config(more["config"])} if "config" in more else {}
+    content = {"model_type": "tmass", "arguments": arguments_of(model), "clip": sizes, **more, **config}
+    content = json.loads(json.dumps(content))
+    card = hub.model_card(content, label(model.arguments))
+    content["checksum"] = checksum(content, [stored])
+    files = {"model.safetensors": stored, "config.json": (json.dumps(content, indent=2) + "\n").encode()}
+    if hub.may_replace(folder / "README.md"):
+        files["README.md"] = card.encode()
+    for name, data in files.items():  # the largest first: if the disk is full, the older files are unchanged
+        with writing(folder / name, ModelError, NO_SPACE):
+            write_atomic(folder / name, data)
+
+
+def save_run(path: Path, folder: Path, license: str | None = None) -> dict | None:
+    """Writes a run, or any checkpoint, as save_pretrained does, with all that its files recorded.
+
+    license: of the weights, for the card. Returns the results in the card, None for "not evaluated". Raises
+    ModelError."""
+    file = find_file(path)
+    content = read_checkpoint(file)
+    model, config = build_from_checkpoint(content, file), config_of(content, file)
+    more = {name: content[name] for name in RECORDED if content.get(name)} | hub.facts(file)
+    more |= {"license": license} if license else {}
+    card = file.with_name("README.md")  # an edited one goes with the model
+    if file.name == "model.safetensors" and not hub.may_replace(card) and not (folder / card.name).exists():
+        with writing(folder / card.name, ModelError, NO_SPACE):
+            write_atomic(folder / card.name, card.read_bytes())
+    save_pretrained(model, folder, config=config, **more)
+    return more.get("results")
+
+
+def push_to_hub(model: TMASS | Path, name: str, private: bool | None = None, **more) -> str:
+    """Sends a model, or a run, to the Hugging Face Hub as user/name. Returns the address of the commit.
+
+    more: what save_pretrained takes, or for a run save_run. Raises ModelError."""
+    hub.check_name(name)
+    with tempfile.TemporaryDirectory() as folder:
+        write = save_run if isinstance(model, Path) else save_pretrained
+        write(model, Path(folder), **more)
+        return hub.send(Path(folder), name, private)
 
 
 def arguments_of(model: TMASS) -> dict:
@@ -78,14 +122,24 @@ def open_checkpoint(path: Path) -> tuple[TMASS, dict, Path]:
 
     Returns the model (on the CPU, in eval mode), the config it was trained with, and the file. A released
     checkpoint holds no config; {"released": True} is returned for it. Raises ModelError."""
+    file = find_file(path)
+    content = read_checkpoint(file)
+    return build_from_checkpoint(content, file), config_of(content, file), file
+
+
+def find_file(path: Path) -> Path:
+    """Returns the checkpoint in a folder, or the file itself. Raises ModelError if there is none."""
     names = ("best.pt", "model.safetensors") if path.is_dir() else ("",)
     file = next((path / name for name in names if (path / name).is_file()), path / names[0])
     if not file.is_file():
         advice = "train first (python train.py), or name a run or checkpoint by --checkpoint"
         raise ModelError(f"{file} not found: {advice}.")
-    content = read_checkpoint(file)
-    config = {"released": True} if is_released(content) else recorded_config(content, file)
-    return build_from_checkpoint(content, file), config, file
+    return file
+
+
+def config_of(content: dict, file: Path) -> dict:
+    """Returns the config in a file's content; {"released": True} for a released one. Raises ModelError."""
+    return {"released": True} if is_released(content) else recorded_config(content, file)
 
 
 def latest_run(runs: Path = Path("runs")) -> Path:
@@ -102,8 +156,15 @@ def load_checkpoint(path: Path | str) -> TMASS:
     return build_from_checkpoint(read_checkpoint(path), path)
 
 
-def from_pretrained(folder: Path | str) -> TMASS:
-    """Returns the model that save_pretrained wrote, on the CPU, in eval mode. Raises ModelError."""
+def from_pretrained(folder: Path | str, revision: str | None = None) -> TMASS:
+    """Returns the model of a folder of save_pretrained, on the CPU, in eval mode.
+
+    A string "user/name" that is no path here is a model on the Hugging Face Hub; revision: a branch, tag or
+    commit of it. Raises ModelError."""
+    if isinstance(folder, str) and hub.is_name(folder) and not Path(folder).exists():
+        folder = hub.fetch(folder, revision)
+    elif revision is not None:
+        raise ModelError(f"{folder} has no revisions: leave out {revision!r}, or give user/name of the Hub.")
     return load_checkpoint(Path(folder) / "model.safetensors")
 
 
@@ -286,3 +347,33 @@ def load_state(path: Path, config: Config, fingerprint: str) -> dict:
         what = "was trained on other clips or captions"
         raise ModelError(f"{path} {what}: resume with the same data, {advice}.")
     return state
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Anything wrong with the input ends it with one sentence and exit code 1."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser.add_argument("action", choices=("save", "push"))
+    parser.add_argument("run", type=Path, help="a run of train.py, a checkpoint, or a folder of `save`")
+    parser.add_argument("target", help="save: a folder; push: USER/NAME")
+    parser.add_argument("--license", help="of the weights; default: mit if its CLIP is, else unknown")
+    parser.add_argument("--private", action="store_true", default=None, help="push: create it as private")
+    given = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+            if given.action == "push":
+                print(push_to_hub(given.run, given.target, given.private, license=given.license))
+            else:
+                results = save_run(given.run, Path(given.target), given.license)
+                what = f"results: {results['name']}" if results else "not evaluated"
+                print(f"written: {given.target} ({what})")
+    except ModelError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

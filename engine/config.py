@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from engine.controls import CONTROLS as CONTROLS  # adds its psi to FUSIONS
 from engine.datasets import DATASETS
 from engine.ffmpeg import MAX_PIXELS, TIME_LIMIT
 from engine.files import ModelError

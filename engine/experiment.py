@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -125,7 +126,8 @@ class Run:
         self.clips, self.val_clips, self.skipped = clips, val_clips, skipped
         captions = [(clip.id, clip.captions) for clip in [*clips, *val_clips]]
         fingerprint = hashlib.sha256(repr(captions).encode()).hexdigest()
-        self.about = dict(config=to_record(config), data=fingerprint, commit=git_commit())
+        machine = f"{platform.machine()}, torch {torch.__version__}"
+        self.about = dict(config=to_record(config), data=fingerprint, commit=git_commit(), machine=machine)
 
     def _open(self, config: Config) -> Path:
         out, self.claim = open_run(config)

@@ -27,14 +27,16 @@ def retrieval_metrics(
     if not torch.isfinite(scores).all():
         bad = int((~torch.isfinite(scores)).sum())
         raise ValueError(f"{bad} of {scores.numel()} scores are NaN or infinite and cannot be ranked.")
-    owner = owner.to(scores.device)
-    captioned = owner.unique()
-    best = torch.full_like(scores[:1], -torch.inf).repeat(scores.shape[1], 1)  # (captions of a video, videos)
-    best = best.scatter_reduce(0, owner[:, None].expand_as(scores), scores, "amax")
-    return {
-        "t2v": _summary(*_places(scores, owner)),
-        "v2t": _summary(*_places(best.T[captioned][:, captioned], torch.arange(len(captioned)).to(owner))),
-    }
+    return {way: _summary(*places) for way, places in _both_ways(scores, owner).items()}
+
+
+def first_hits(
+    scores: Float[Tensor, "texts videos"], owner: Int[Tensor, " texts"]
+) -> dict[str, Float[Tensor, " queries"]]:
+    """{"t2v": ..., "v2t": ...}: the R@1 of each query of retrieval_metrics, in percent: 0, 100, or, where
+    its own item shares the first place, its expectation. "v2t": the videos with a caption, in order."""
+    places = _both_ways(scores, owner).items()
+    return {way: ((1 - above) / level).clamp(0, 1) * 100 for way, (above, level) in places}
 
 
 def relevance_metrics(
@@ -74,6 +76,16 @@ def text_to_video_ranks(
     """The rank of each text's video, from 1: with ties its expected rank, from which R@K does not follow."""
     above, level = _places(scores, owner.to(scores.device))
     return above + (level + 1) / 2
+
+
+def _both_ways(scores: Tensor, owner: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """_places of the texts among videos, and of the videos among the best captions of videos."""
+    owner = owner.to(scores.device)
+    captioned = owner.unique()
+    best = torch.full_like(scores[:1], -torch.inf).repeat(scores.shape[1], 1)  # (captions of a video, videos)
+    best = best.scatter_reduce(0, owner[:, None].expand_as(scores), scores, "amax")
+    numbers = torch.arange(len(captioned)).to(owner)
+    return {"t2v": _places(scores, owner), "v2t": _places(best.T[captioned][:, captioned], numbers)}
 
 
 def _places(

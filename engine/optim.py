@@ -34,11 +34,13 @@ def learning_rate(step: int, total: int, warmup: float) -> float:
 def parameter_groups(model: TMASS, config: Config) -> list[dict]:
     """AdamW's three groups: the trainable parameters of CLIP, psi and R, each with its learning rate."""
     clip = [parameter for parameter in model.clip.parameters() if parameter.requires_grad]
-    radius = [] if model.radius is None else [*model.radius.parameters()]
+    added = getattr(model.fusion, "added", None)  # of a control: trained at the rate of R
+    radius = [p for part in (model.radius, added) if part is not None for p in part.parameters()]
+    psi = [p for name, p in model.fusion.named_parameters() if not name.startswith("added.")]
     radius_lr = config.head_lr if config.radius_lr is None else config.radius_lr
     return [
         {"params": clip, "lr": config.clip_lr},
-        {"params": [*model.fusion.parameters()], "lr": config.head_lr},
+        {"params": psi, "lr": config.head_lr},
         {"params": radius, "lr": radius_lr},
     ]
 

@@ -524,7 +524,7 @@ def test_noise_of_a_released_checkpoint_is_that_of_the_released_code():
 def test_from_pretrained_gives_back_what_save_pretrained_wrote(tmp_path, options):
     model, folder = random_model(**options), tmp_path / "a" / "model"
     model.save_pretrained(folder, config={"prior": "uniform"})
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     loaded = TMASS.from_pretrained(folder)
     assert loaded.arguments == model.arguments and not loaded.training and equal_weights(loaded, model)
     assert json.loads((folder / "config.json").read_text())["config"] == {"prior": "uniform"}

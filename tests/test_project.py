@@ -11,8 +11,15 @@ from conftest import ROOT
 
 # A module imports only from rows above its own. engine.datasets comes before the two that use its records.
 ROWS = [
-    ["engine.files", "losses", "model", "shapes"],
-    ["engine.distributed", "engine.weights", "engine.metrics", "engine.scoring", "engine.plots"],
+    ["engine.files", "engine.intervals", "losses", "model", "shapes"],
+    [
+        "engine.distributed",
+        "engine.weights",
+        "engine.metrics",
+        "engine.scoring",
+        "engine.plots",
+        "engine.controls",
+    ],
     [
         "engine.backbone",
         "engine.pictures",
@@ -25,7 +32,7 @@ ROWS = [
     ["engine.video", "engine.finding"],
     ["engine.datasets", "engine.scenes"],
     ["engine.frames", "engine.config"],
-    ["data", "engine.checkpoint"],
+    ["data", "engine.checkpoint", "engine.paper_tables"],
     ["engine.features", "engine.optim", "engine.experiment"],
     ["engine.tiny_clip", "evaluate", "train"],
     ["reproduce", "engine.library", "engine.server", "search", "mteb_model"],

@@ -11,7 +11,9 @@ from conftest import randn
 
 import reproduce
 from engine.config import RECIPES, Config, preset
+from engine.controls import CONTROLS
 from engine.files import DataError, ModelError
+from engine.intervals import over_seeds
 from model import RADII
 from reproduce import (
     HONEST,
@@ -27,7 +29,6 @@ from reproduce import (
     claim,
     further_analysis,
     main,
-    paired_difference,
     score_file,
     training_seconds,
 )
@@ -68,23 +69,23 @@ def one(monkeypatch):
 @pytest.mark.parametrize("seeds, t", [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042)])
 def test_intervals_use_students_t_of_the_printed_tables(seeds, t):
     values = {seed: float(seed**2) for seed in range(seeds)}
-    found = paired_difference(values, dict.fromkeys(values, 0.0))
+    found = over_seeds(values, dict.fromkeys(values, 0.0))
     std = statistics.stdev(values.values())
     assert found["half"] / (std / math.sqrt(seeds)) == pytest.approx(t, abs=6e-4)
 
 
-def test_paired_difference_equals_a_computation_by_hand():
+def test_over_seeds_equals_a_computation_by_hand():
     """Differences 1, 2, 6: mean 3, std sqrt(7), t_2 = 4.303."""
-    found = paired_difference({0: 11.0, 1: 12.0, 4: 16.0, 5: 99.0}, {4: 10.0, 0: 10.0, 1: 10.0, 7: -99.0})
+    found = over_seeds({0: 11.0, 1: 12.0, 4: 16.0, 5: 99.0}, {4: 10.0, 0: 10.0, 1: 10.0, 7: -99.0})
     assert found["mean"] == 3 and found["seeds"] == 3
     assert found["half"] == pytest.approx(4.303 * math.sqrt(7) / math.sqrt(3), rel=1e-3)
-    assert paired_difference({0: 5.0}, {0: 7.0}) == {"mean": -2, "half": None, "seeds": 1}
-    assert paired_difference({0: 5.0}, {1: 7.0}) is None
+    assert over_seeds({0: 5.0}, {0: 7.0}) == {"mean": -2, "half": None, "seeds": 1}
+    assert over_seeds({0: 5.0}, {1: 7.0}) is None
 
 
 def test_variance_that_both_rows_share_is_not_in_the_interval():
     base = dict(enumerate([0.0, 7.0, -3.0, 4.0]))
-    found = paired_difference({seed: x + 1 for seed, x in base.items()}, base)
+    found = over_seeds({seed: x + 1 for seed, x in base.items()}, base)
     assert found == {"mean": 1, "half": 0, "seeds": 4}
 
 
@@ -146,7 +147,8 @@ def test_cells_of_the_tables_keep_their_folders():
         "tmass-radius=fixed", "tmass-radius=scalar", "tmass-radius=joint",
         "tmass-alpha=0.0", "tmass-alpha=0.0-ce=1.0", "tmass-alpha=0.4", "tmass-alpha=0.8", "tmass-alpha=1.6",
         "tmass-alpha=2.0", "tmass-recipe=best", "tmass-recipe=best-M=1", "tmass-recipe=best-ce=0.0",
-        "tmass-recipe=best-radius=linear-radius_lr=0.01",
+        "tmass-recipe=best-radius=linear-radius_lr=0.01", "tmass-recipe=best-ce=0.0-M=1",
+        *(f"tmass-radius=none-radius_lr=0.001-fusion={name}" for name in CONTROLS),
     }  # fmt: skip
 
 
