@@ -1,5 +1,5 @@
 # make demo      trains and evaluates on the built-in clips (about 8 minutes on 2 cores)
-# make test      runs the tests, in two processes
+# make test      runs the tests, in three processes
 # make lint      checks style and format
 # make figures   runs the notebooks and keeps the key figure of each under assets/
 # make pages     writes the notebooks with their outputs as HTML pages into docs/notebooks/
@@ -25,7 +25,7 @@ demo: .venv/ready
 	$(BIN)/python evaluate.py --M 20 --checkpoint $(addprefix runs/demo/,mean-pooling xpool tmass-paper tmass-best)
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -30,6 +30,14 @@ def realdata() -> Path:
     return REALDATA
 
 
+@pytest.fixture(autouse=True)
+def empty_pictures(request, monkeypatch):
+    """The pictures of runs and results are empty files: to draw them takes half the time of a short run."""
+    if not request.node.get_closest_marker("pictures"):
+        for name in ("engine.experiment.plot_losses", "evaluate.rank_histogram", "evaluate.contact_sheet"):
+            monkeypatch.setattr(name, lambda path, *_, **__: Path(path).touch())
+
+
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers, the same in every test."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -143,7 +143,9 @@ def test_registered_names_are_choices_of_the_command_line(monkeypatch, capsys):
         parse(["--help"], description="What this program does.")
     shown = "".join(line.strip(" │") + " " for line in capsys.readouterr().out.splitlines())
     assert ended.value.code == 0 and "What this program does." in shown
-    assert "{mean,xpool,toy}" in shown and "{fixed,scalar,linear,joint,toy,none}" in shown
+    choices = "".join(shown.split())  # long ones are wrapped
+    assert all(f"{{{','.join(names)}}}" in choices for names in (FUSIONS, [*RADII, "none"]))
+    assert "toy" in FUSIONS.keys() & RADII.keys()
     assert "psi, which pools the frames of a video" in shown and "attention heads of psi" in shown
 
 

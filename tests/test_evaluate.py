@@ -86,6 +86,7 @@ def test_a_run_from_another_tiny_clip_is_named(run, capsys, tmp_path):
     assert re.search(r"note: .*one.best\.pt was trained from another tiny CLIP", capsys.readouterr().err)
 
 
+@pytest.mark.pictures
 def test_the_latest_run_is_evaluated_and_reported_alike_each_time(run, capsys, tmp_path):
     result = run()
     assert (result["texts"], result["videos"], result["M"], result["split"]) == (20, 4, 3, "test")
@@ -192,6 +193,7 @@ def test_missing_videos_are_refused_and_a_smaller_gallery_is_named_beside_every_
         run(*videos, "--allow-missing", "--data", str(tmp_path / "other"))
 
 
+@pytest.mark.pictures
 def test_kept_features_are_evaluated_without_frames(run, clips_folder, tmp_path, capsys):
     """On a machine that has the cached features alone: the same metrics, without the picture."""
     shutil.copytree(clips_folder / "clips", tmp_path / "videos")

@@ -124,6 +124,7 @@ def test_without_a_mass_the_loss_is_that_of_t(config, method):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 @pytest.mark.parametrize("method", ["clip", "xpool", "tmass"])
 def test_a_training_run_beats_chance(config, clips_folder, tmp_path, method):
     """16 clips are memorised: the validation split holds the same clips under other names."""
