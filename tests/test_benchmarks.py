@@ -72,6 +72,7 @@ def test_flops_of_a_step_are_those_counted_by_hand():
 # ------------------------------------------------------------------------------------------ the one for a GPU
 
 
+@pytest.mark.slow
 def test_every_part_of_the_gpu_benchmark_runs_on_the_cpu_at_toy_size(tmp_path, monkeypatch, capfd):
     """In this process, with compilation only noted and without starting pytest: about 3 seconds in all."""
 

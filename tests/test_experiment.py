@@ -241,6 +241,7 @@ def test_the_commit_is_recorded(monkeypatch):
 # --------------------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, at", [
     (dict(), 13), (dict(freeze="vision", augment=False), 13), (dict(amp="fp16"), 13),
     (dict(micro_batch=3), 13), (RECIPES["best"], 13), (dict(), 10),

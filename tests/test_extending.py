@@ -85,6 +85,7 @@ def features(model, clips_folder, split, tmp_path):
     return extract_features(model, clips, FrameCache(tmp_path / "again", FRAMES, model.resolution))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no fast form")
 @pytest.mark.parametrize(
     "recipe, fusion, radius",

@@ -76,6 +76,7 @@ def notebook_module(monkeypatch):
 # ---- the notebooks
 
 
+@pytest.mark.slow
 @each_notebook
 def test_notebook_runs_and_saves_its_key_figure(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TMASS_FIGURES", str(tmp_path))

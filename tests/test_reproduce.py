@@ -194,6 +194,7 @@ def numbers(config: ReproduceConfig) -> dict:
     return {str(path.relative_to(root)): json.loads(path.read_text())["metrics"] for path in files}
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again_and_a_stopped_one_is_resumed(config, one, monkeypatch, capsys):
     ran, train = [], reproduce.train.train
 
@@ -215,6 +216,7 @@ def test_finished_cells_are_not_run_again_and_a_stopped_one_is_resumed(config, o
     assert "4 cells, 4 of them finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_number_of_a_cell_depends_on_other_cells(config, tmp_path, one, monkeypatch):
     reproduce.reproduce(config)
     together = numbers(config)

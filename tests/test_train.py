@@ -181,6 +181,7 @@ def test_checkpoint_says_what_made_it(config):
     assert model.arguments["num_frames"] == 3 and trained["dataset"] == "csv"
 
 
+@pytest.mark.slow
 def test_random_sampling_trains_on_other_frames_each_epoch_and_validates_on_midpoints(config, tmp_path):
     runs = [
         train.train(replace(config, max_steps=2, augment=False, sampling=s, out=tmp_path / f"{s}{n}"))

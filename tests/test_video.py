@@ -1,5 +1,8 @@
 """Videos as a player shows them: the right stream and frames, whole and in windows, in every container."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import message
@@ -61,7 +64,7 @@ def test_a_short_file_is_read_in_one_pass_with_the_same_frames(name, monkeypatch
     assert_exact(container(name))
 
 
-def test_a_long_window_starts_near_it_and_not_at_the_start_of_the_file(monkeypatch):
+def test_a_long_window_starts_near_it_and_not_at_the_start_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.video, "SHORT_FILE", 0)
     seeks, run = [], engine.video.Run
     monkeypatch.setattr(
@@ -69,7 +72,8 @@ def test_a_long_window_starts_near_it_and_not_at_the_start_of_the_file(monkeypat
         "Run",
         lambda video, options, seek=None, *more: seeks.append(seek) or run(video, options, seek, *more),
     )
-    decode_frames(container("b-frames.mp4"), 3, 5.0, 6.0)
+    new = shutil.copy(container("b-frames.mp4"), tmp_path)  # its packets are not known yet
+    decode_frames(Path(new), 3, 5.0, 6.0)
     assert seeks == [None, 5.0, 5.0]  # packets, times, pixels
 
 
@@ -264,6 +268,7 @@ def test_many_frames_can_be_asked_for(monkeypatch):
 # ---- real files
 
 
+@pytest.mark.slow
 def test_real_clips_are_exact_to_the_frame(realdata):
     paths = sorted((realdata / "clips").iterdir())
     assert len(paths) == 26
