@@ -1,7 +1,6 @@
 """A small world for the tests: random CLIPs of OpenAI's class, a few built-in clips as files."""
 
 import csv
-import itertools
 import os
 import signal
 from pathlib import Path
@@ -29,18 +28,6 @@ def realdata() -> Path:
     if not REALDATA.is_dir():
         pytest.skip(f"no real clips at {REALDATA} (set TMASS_REALDATA)")
     return REALDATA
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first, in each of the equal parts of the list that xdist gives its workers."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    rest = iter([item for item in items if not item.get_closest_marker("slow")])
-    ends = [len(items) * (k + 1) // workers for k in range(workers)]
-    parts = [slow[k::workers] for k in range(workers)]
-    for part, start, end in zip(parts, [0, *ends], ends):
-        part += itertools.islice(rest, end - start - len(part))
-    items[:] = [*itertools.chain(*parts), *rest]
 
 
 @pytest.fixture(autouse=True)

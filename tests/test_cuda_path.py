@@ -7,9 +7,6 @@ import contextlib
 import functools
 import logging
 import multiprocessing
-import resource
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +21,6 @@ import train
 from data import ClipDataset
 from engine import optim
 from engine.config import RECIPES, Config
-from engine.distributed import enough_memory
-from engine.files import ModelError
 from engine.frames import FrameCache
 from engine.optim import TrainState, compile_encoders, train_mode
 from engine.scoring import Expectation, best_of, noise_bank, scores
@@ -195,36 +190,6 @@ def test_a_gradient_laid_out_otherwise_than_its_weight_moves_the_right_channels(
     for parameter in (weight, same):
         torch.optim.AdamW([parameter], fused=True).step()
     assert torch.equal(weight, same)
-
-
-# ---------------------------------------------------------------------------------- an allocator at its limit
-
-
-@contextlib.contextmanager
-def limited(more: int) -> Iterator[None]:
-    """At most so many more bytes of address space: torch's CPU allocator then fails as a GPU's does."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def test_a_batch_beyond_the_memory_is_one_sentence_changes_nothing_and_fits_in_micro_batches():
-    """The frames of 60 pairs are 47 MB in float32, and several such tensors are needed at once."""
-    whole, parts = Steps(num_frames=64), Steps(num_frames=64, micro_batch=5)
-    for steps in (whole, parts):
-        steps.take(2)  # AdamW's moments are there
-    before = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    with limited(80 * 2**20):
-        says = r"^the memory of the device is too small \(.*\): use a smaller one\.$"
-        with pytest.raises(ModelError, match=says), enough_memory("use a smaller one"):
-            whole.take(60)
-        assert parts.take(60).isfinite()
-    assert (whole.state.step, parts.state.step) == (1, 2)
-    assert all(torch.equal(value, before[name]) for name, value in whole.model.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------- workers
