@@ -36,7 +36,8 @@ def badge(name: str, repository: str) -> str:
     """The line with the badge of notebook `name`."""
     if not repository:
         return f"{BADGE}({COLAB}/) (upload this notebook there, and fill in `REPOSITORY` below)"
-    return f"{BADGE}({COLAB}/github/{repository.removeprefix('https://github.com/')}/blob/main/notebooks/{name}.ipynb)"
+    where = repository.removeprefix("https://github.com/")
+    return f"{BADGE}({COLAB}/github/{where}/blob/main/notebooks/{name}.ipynb)"
 
 
 def with_colab(notebook: dict, name: str, repository: str) -> dict:
