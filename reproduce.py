@@ -349,9 +349,10 @@ def summary(jobs: Jobs, table: Table) -> dict[str, dict]:
     """Returns of each row "values" {metric: {seed: value}}, "differences" {metric: over_seeds, and "clips":
     clip_interval} and others."""
     content: dict[str, dict] = {}
+    results = {row.name: jobs.read(row) for row in table.rows}
     for row in table.rows:
         values: dict[str, dict[int, float]] = {}
-        for seed, result in jobs.read(row).items():
+        for seed, result in results[row.name].items():
             for name, panel in result.get("panels", {}).items():
                 values.setdefault(name, {})[seed] = panel["mean"]
             for way, metrics in result["metrics"].items():
@@ -366,7 +367,6 @@ def summary(jobs: Jobs, table: Table) -> dict[str, dict]:
         baseline = content[row["baseline"]]["values"] if row["baseline"] else {}
         both = [name for name in row["values"] if name in baseline]
         row["differences"] = {name: over_seeds(row["values"][name], baseline[name]) for name in both}
-    results = {row.name: jobs.read(row) for row in table.rows}
     for row, own in content.items():
         for name in {*table.compared} & own["differences"].keys():
             if own["differences"][name] is not None:

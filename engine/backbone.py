@@ -17,8 +17,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from engine.distributed import rank_and_world
-from engine.files import ModelError
-from engine.weights import ACTIVATIONS, MISMATCH, first_line, read_weights
+from engine.files import ModelError, first_line
+from engine.weights import ACTIVATIONS, MISMATCH, read_weights
 from engine.weights import load_file as load_file  # "as": a re-export
 
 # "tiny": a CLIP of the package's own class, pretrained on the built-in clips by engine/tiny_clip.py.

@@ -31,8 +31,8 @@ from torch import Tensor
 from engine import backbone, hub, weights
 from engine.backbone import activation_of, clip_sizes, laid_out, new_clip
 from engine.config import METHODS, RANGES, Config, changes, label, plain, upgrade_config
-from engine.files import ModelError, write_atomic, writing
-from engine.weights import MISMATCH, first_line, load_file
+from engine.files import ModelError, first_line, write_atomic, writing
+from engine.weights import MISMATCH, load_file
 from model import TMASS
 
 NO_SPACE = "free some space there, or name another folder; an older file of this name is unchanged."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from engine.files import DataError, ModelError
+from engine.files import DataError, ModelError, first_line
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def choose_device(name: str) -> torch.device:
         kinds = {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}
         found = [kind for kind, module in kinds.items() if module.is_available()]
         missing = name.partition(":")[0] in {*kinds} - {*found}
-        reason = "it finds no such device on this machine" if missing else _first_line(error)
+        reason = "it finds no such device on this machine" if missing else first_line(error)
         advice = f"choose {', '.join(['auto', 'cpu', *found])}"
         raise ModelError(f"--device {name}: torch cannot compute there ({reason:.100}); {advice}.") from None
     return device
@@ -62,7 +62,7 @@ def enough_memory(advice: str) -> Iterator[None]:
         known = ("out of memory", "can't allocate memory")
         if not isinstance(error, torch.OutOfMemoryError) and not any(part in str(error) for part in known):
             raise
-        what = f"the memory of the device is too small ({_first_line(error):.150})"
+        what = f"the memory of the device is too small ({first_line(error):.150})"
         raise ModelError(f"{what}: {advice}.") from None
 
 
@@ -95,13 +95,7 @@ def init_distributed(device: str) -> None:
     except ModelError:
         raise
     except (ValueError, RuntimeError) as error:  # such as a port in use, or a rank that is no number
-        raise ModelError(
-            f"the processes could not be joined ({_first_line(error):.150}): {advice}."
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the processes could not be joined ({first_line(error):.150}): {advice}.") from None
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -242,7 +236,7 @@ def loaded(loader: DataLoader) -> Iterator:
         if loader.num_workers == 0 or not (reason or of_workers):
             raise
         _forget(error)
-        what = f"a process that loads batches failed ({reason or _first_line(error):.150})"
+        what = f"a process that loads batches failed ({reason or first_line(error):.150})"
         why = f"memory, or shared memory (/dev/shm), is too small for {loader.num_workers} of them"
         advice = "use --workers 0 or fewer, or give a container more (docker run --shm-size 8g)"
         raise DataError(f"{what}: {why}; {advice}.") from None

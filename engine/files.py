@@ -23,6 +23,11 @@ class ModelError(ValueError):
     """A model cannot be built or loaded. The message says what is wrong, in which file, and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its class if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def stem(name: str) -> str:
     """Strips a known video or picture extension and a trailing dot; other dots are kept."""
     base, dot, suffix = name.rpartition(".")

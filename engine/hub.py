@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from engine.files import ModelError
+from engine.files import ModelError, first_line
 from engine.metrics import table
-from engine.weights import MISMATCH, first_line
+from engine.weights import MISMATCH
 
 Answer = TypeVar("Answer")
 FILES = ["config.json", "model.safetensors", "README.md"]

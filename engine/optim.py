@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from engine.backbone import activation_of, resolve_amp
 from engine.config import Config
 from engine.distributed import rank_and_world
-from engine.files import ModelError
-from engine.weights import MISMATCH, first_line
+from engine.files import ModelError, first_line
+from engine.weights import MISMATCH
 from model import TMASS
 
 READS_FOUND_INF = ("cpu", "cuda")  # the devices whose fused AdamW skips a step by `found_inf`

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.files import ModelError
+from engine.files import ModelError, first_line
 
 # Errors raised when a state dict is not a CLIP's, or has other shapes.
 MISMATCH = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
@@ -224,8 +224,3 @@ def check_weights(state: dict, path: Path | str) -> None:
         if not value.sum().isfinite() and not value.isfinite().all():  # the sum alone is 15 times faster
             what = f"{path} is damaged, or its training diverged: {name} holds NaN or infinite values"
             raise ModelError(f"{what}; name another file.")
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or its class if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
