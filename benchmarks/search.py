@@ -32,8 +32,9 @@ from benchmarks.own_process import in_own_process  # noqa: E402
 from engine.backbone import TINY, import_clip  # noqa: E402
 from engine.checkpoint import save_checkpoint  # noqa: E402
 from engine.library import Library, identity, overall  # noqa: E402
+from engine.searcher import SHORTLIST, SearchConfig, Searcher  # noqa: E402
 from model import TMASS  # noqa: E402
-from search import IndexConfig, SearchConfig, Searcher, recall  # noqa: E402
+from search import IndexConfig, recall  # noqa: E402
 
 TOPICS, QUERIES = 2000, 20
 
@@ -88,24 +89,24 @@ def ask(where: str, dim: int) -> dict:
     queries = topics[:QUERIES] + 0.3 * torch.randn(QUERIES, dim, generator=generator)
     searcher.text = lambda captions: torch.stack([queries[int(caption)] for caption in captions])
     names, times = [str(n) for n in range(QUERIES)], {"query": [], "shortlist": []}
-    searcher.search("0"), searcher.library.nearest_ids(queries[0], search.SHORTLIST)  # warm up
+    searcher.search("0"), searcher.library.nearest_ids(queries[0], SHORTLIST)  # warm up
     for n, name in enumerate(names):
         started = time.perf_counter()
         searcher.search(name)
         times["query"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        searcher.library.nearest_ids(queries[n], search.SHORTLIST)
+        searcher.library.nearest_ids(queries[n], SHORTLIST)
         times["shortlist"].append(time.perf_counter() - started)
     whole = searcher.whole is not None
     started = time.perf_counter()
-    found = recall(searcher, names, [100, search.SHORTLIST])
+    found = recall(searcher, names, [100, SHORTLIST])
     return {
         "open": opened,
         **{name: statistics.median(seconds) for name, seconds in times.items()},
         "slowest query": max(times["query"]),
         "scored whole": whole,
         "recall@10, shortlist 100": found[100],
-        "recall@10, shortlist 1000": found[search.SHORTLIST],
+        "recall@10, shortlist 1000": found[SHORTLIST],
         "scoring everything, a query": (time.perf_counter() - started) / QUERIES,
         "GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

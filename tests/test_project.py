@@ -34,11 +34,12 @@ ROWS = [
     ["engine.frames", "engine.config"],
     ["data", "engine.checkpoint", "engine.paper_tables"],
     ["engine.features", "engine.optim", "engine.experiment"],
-    ["engine.tiny_clip", "evaluate", "train"],
-    ["reproduce", "engine.library", "engine.server", "search", "mteb_model"],
+    ["engine.tiny_clip", "engine.library", "evaluate", "train"],
+    ["reproduce", "engine.searcher", "engine.server", "mteb_model"],
+    ["engine.indexing"],
+    ["search"],
 ]
 ROW = {module: number for number, row in enumerate(ROWS) for module in row}
-ALSO = {("engine.server", "engine.library"), ("search", "engine.library"), ("search", "engine.server")}
 BUDGETS = {"model": 230, "losses": 110, "data": 300, "train": 350, "evaluate": 300}
 CONSTANTS = (ast.Dict, ast.Tuple, ast.List, ast.Call)  # dict(...) is a table too
 COPYABLE = ["model", "losses", "engine/scoring", "engine/metrics"]
@@ -67,7 +68,7 @@ def test_every_module_has_its_row():
 
 @pytest.mark.parametrize("module", ROW)
 def test_a_module_imports_only_from_rows_above_its_own(module):
-    ours = {name for name in imports(module) if name in ROW} - {name for m, name in ALSO if m == module}
+    ours = {name for name in imports(module) if name in ROW}
     assert {name for name in ours if ROW[name] >= ROW[module]} == set()
 
 

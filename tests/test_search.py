@@ -24,12 +24,15 @@ from test_library import assert_same, contents, sentence
 
 import search
 import shapes
+from engine import indexing
 from engine.checkpoint import save_checkpoint
 from engine.datasets import Clip
+from engine.indexing import IndexConfig
 from engine.library import Library, overall
 from engine.scoring import noise_bank, scores
+from engine.searcher import Searcher, Source, encode, read_clip
 from evaluate import scores_literal
-from search import CheckConfig, IndexConfig, QueryConfig, SearchConfig, Searcher, read_clip, recall
+from search import CheckConfig, QueryConfig, SearchConfig, recall
 
 FRAMES, CLIPS = test_library.FRAMES, 7
 NAMES = [
@@ -106,12 +109,12 @@ def searching(library: str, **options) -> Searcher:
 def test_a_library_holds_each_file_under_its_own_name_with_the_features_of_its_own_frames(
     indexed, checkpoint
 ):
-    library, (model, _) = Library(indexed[0]), search.Source(str(checkpoint)).open(torch.device("cpu"))
+    library, (model, _) = Library(indexed[0]), Source(str(checkpoint)).open(torch.device("cpu"))
     assert {name for name, _ in contents(library)} == {*NAMES}
     for name in NAMES:
         (row,), frames = library.clips_of(name)
         images, _ = read_clip(Clip(name, indexed[1] / name, (), ""), FRAMES, model.resolution)
-        expected = search.encode(model, images[None]).half().float()
+        expected = encode(model, images[None]).half().float()
         torch.testing.assert_close(frames, expected, rtol=2e-3, atol=1e-4)  # another batch size: the last bit
         assert row["start"] == 0 and row["end"] is None
         assert library.path(name).samefile(indexed[1] / name)
@@ -123,7 +126,7 @@ def test_indexing_again_reads_only_what_is_new_or_changed_and_drops_what_is_gone
     nothing = "0 read again, 0 removed, 0 unchanged, 0 broken"
     assert f"{CLIPS} clips of {CLIPS} files; {CLIPS} new, {nothing}" in index()
     with monkeypatch.context() as patch:
-        patch.setattr(search, "read_clip", None)  # nothing is decoded
+        patch.setattr(indexing, "read_clip", None)  # nothing is decoded
         assert f"0 new, 0 read again, 0 removed, {CLIPS} unchanged" in index()
     (folder / "b.mp4").unlink()
     shutil.copy(rendered[-1], folder / "c d.mp4")
@@ -292,7 +295,7 @@ def test_an_older_library_is_continued(index, folder, tmp_path):
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_tried_again(index, folder, tmp_path, monkeypatch):
-    real = search.read_clip
+    real = indexing.read_clip
 
     def vanish(clip, *sizes):
         if clip.path.name == "b.mp4":
@@ -300,7 +303,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_tried_again(index, folder, tmp
         return real(clip, *sizes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "read_clip", vanish)
+        patch.setattr(indexing, "read_clip", vanish)
         assert f"{CLIPS - 1} clips of {CLIPS} files" in index()
     assert Library(str(tmp_path / "library.db")).files()["b.mp4"]["stamp"] == ""
     shutil.copy(folder / "c d.mp4", folder / "b.mp4")
@@ -308,14 +311,14 @@ def test_a_file_that_vanishes_while_it_is_read_is_tried_again(index, folder, tmp
 
 
 def test_features_that_are_not_finite_end_the_run_and_keep_what_was_indexed(index, tmp_path, monkeypatch):
-    real, calls = search.encode, []
+    real, calls = indexing.encode, []
 
     def damaged(model, images):
         calls.append(len(images))
         return real(model, images) * (float("nan") if len(calls) > 1 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "encode", damaged)
+        patch.setattr(indexing, "encode", damaged)
         assert "features that are not finite numbers" in sentence(index)
     library = Library(str(tmp_path / "library.db"))
     assert len(library) == 3 and all(torch.isfinite(frames).all() for _, frames in library.batches())
@@ -452,7 +455,7 @@ def test_scores_of_the_library_are_those_of_evaluate(indexed, checkpoint, M=5):
     assert [hit.rank for hit in hits] == [*range(1, CLIPS + 1)]
     assert {hit.id: hit.score for hit in hits} == dict(zip((row["id"] for row in rows), expected.tolist()))
     images = [read_clip(Clip("", indexed[1] / hit.file, (), ""), FRAMES, 32)[0] for hit in hits]
-    exact = torch.cat([search.encode(searcher.model, one[None]) for one in images])
+    exact = torch.cat([encode(searcher.model, one[None]) for one in images])
     unrounded = scores(searcher.model, text, exact, noise)[0]
     found = torch.tensor([hit.score for hit in hits])
     assert (unrounded - found).abs().max() < 1e-3  # the library holds features in half precision

@@ -69,10 +69,11 @@ def server(tmp_path_factory, rendered, checkpoint):
     shutil.copy(rendered[4], videos / "unlisted.mp4")
     captions.write_text("a ring\na <u>square</u> falls\n")
     code = f"""if True:
-        import search, pathlib
+        import pathlib, search
+        from engine.library import Library
         folder, checkpoint = pathlib.Path({str(videos)!r}), pathlib.Path({str(checkpoint)!r})
         search.index(search.IndexConfig(folder, {library!r}, checkpoint))
-        search.Library({library!r}).drop(["unlisted.mp4"])
+        Library({library!r}).drop(["unlisted.mp4"])
         search.main(["serve", "--library", {library!r}, "--port", "0", "--captions", {str(captions)!r}])"""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
