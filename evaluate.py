@@ -109,8 +109,10 @@ def open_run(config: EvaluationConfig, path: Path) -> Opened:
     if config.split == "val" and dataset == trained.get("dataset"):  # what this run was validated on
         clips = with_validation(clips, trained.get("val", "official"), trained.get("seed", 0))
     clips = of_split(clips, config.split)
-    if config.captions != "all":
-        clips = [replace(clip, captions=_one_caption(clip, config.captions)) for clip in clips]
+    if config.captions == "first":
+        clips = [replace(clip, captions=clip.captions[:1]) for clip in clips]
+    elif config.captions == "joined":
+        clips = [replace(clip, captions=(" ".join(clip.captions),)) for clip in clips]
     if config.protocol == "released" and any(len(clip.captions) != 1 for clip in clips):
         advice = "add --captions first or joined"
         raise ModelError(f"--protocol released needs one caption a video, and some have several: {advice}.")
@@ -121,16 +123,13 @@ def open_run(config: EvaluationConfig, path: Path) -> Opened:
     if (world := rank_and_world()[1]) > len(clips):
         raise ModelError(f"{world} processes for {len(clips)} videos: start fewer.")
     own = shard(len(clips))
-    features = extract_features(model, clips[own], cache, config.batch, config.workers, config.amp, store)
+    options = config.amp, store, "text" if trained.get("freeze") == "clip" else "none"
+    features = extract_features(model, clips[own], cache, config.batch, config.workers, *options)
     features = replace(features, text=gather(features.text), owner=gather(features.owner + own.start))
     relevance = DATASETS[dataset].relevance
     relevant = None if relevance is None else relevance(clips)
     relevant = None if relevant is None else torch.from_numpy(relevant)
     return Opened(model, trained, file, dataset, clips, listed, cache, features, relevant)
-
-
-def _one_caption(clip: Clip, choice: str) -> tuple[str, ...]:
-    return clip.captions[:1] if choice == "first" else (" ".join(clip.captions),)
 
 
 def readable(clips: list[Clip], cache: FrameCache, store: FeatureCache, allow_missing: bool) -> list[Clip]:

@@ -203,8 +203,8 @@ def validate(model: TMASS, clips: list[Clip], cache: FrameCache, config: Config)
     """Metrics on the validation split, as in evaluate.py. Each process scores a shard of the videos.
 
     Raises ModelError if a score is not finite."""
-    own, keep = shard(len(clips)), config.freeze != "none"
-    options = dict(amp=config.amp, store=feature_cache(cache, model) if keep else None, keep=keep)
+    own, keep = shard(len(clips)), config.freeze
+    options = dict(amp=config.amp, store=None if keep == "none" else feature_cache(cache, model), keep=keep)
     features = extract_features(model, clips[own], cache, config.batch, config.workers, **options)
     text, owner = gather(features.text), gather(features.owner + own.start)
     noise = noise_bank(config.M, text.shape[1], config.seed, config.prior, config.prior_std)
@@ -322,7 +322,8 @@ def freeze(setup: Setup, config: Config) -> None:
     (model.clip if config.freeze == "clip" else model.clip.visual).requires_grad_(False)
     model.logit_scale.requires_grad_(True)
     own, store = dataset.clips[shard(len(dataset.clips))], feature_cache(setup.cache, model)
-    features = extract_features(model, own, setup.cache, config.batch, config.workers, store=store, keep=True)
+    options = dict(store=store, keep=config.freeze)
+    features = extract_features(model, own, setup.cache, config.batch, config.workers, **options)
     dataset.features = gather(features.frames).cpu()
     if config.freeze == "clip":
         counts = [len(clip.captions) for clip in dataset.clips]

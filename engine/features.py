@@ -3,6 +3,7 @@
 `python data.py cache --features` fills the cache; it runs this module in a process of its own."""
 
 import functools
+import hashlib
 import io
 import sys
 import zipfile
@@ -13,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from data import ClipDataset, batches, normalise, report
-from engine.backbone import autocast, fingerprint, load_clip
+from engine.backbone import autocast, fingerprint, load_clip, resolve_amp
 from engine.datasets import Clip, cache_folder, read_clips
 from engine.distributed import choose_device
 from engine.frames import CHOICES, FrameCache, file_name, is_current, save
@@ -66,6 +67,35 @@ class FeatureCache:
         save(self.path(clip), content.getvalue())
 
 
+class TextCache:
+    """phi_t of the captions of one list of clips on disk, one .npy, float32 (texts, dim)."""
+
+    def __init__(self, frames: FrameCache, model: TMASS, tokens: Int[Tensor, "texts tokens"]):
+        content = hashlib.sha256(tokens.numpy().tobytes())
+        content.update(fingerprint(model.clip.transformer).encode())
+        for part in (model.clip.token_embedding.weight, model.clip.positional_embedding):
+            content.update(part.detach().cpu().numpy().tobytes())
+        for part in (*model.clip.ln_final.parameters(), model.clip.text_projection):
+            content.update(part.detach().cpu().numpy().tobytes())
+        self.shape = len(tokens), model.clip.text_projection.shape[1]
+        self.path = frames.folder / "texts" / f"{content.hexdigest()[:32]}.npy"
+
+    def load(self) -> Float[Tensor, "texts dim"] | None:
+        """The features; None if there are none, or the file is damaged."""
+        try:
+            with self.path.open("rb") as file:
+                text = torch.from_numpy(np.load(io.BytesIO(file.read()), allow_pickle=False))
+        except (OSError, ValueError, EOFError):
+            return None
+        return text if text.shape == self.shape and text.dtype == torch.float32 else None
+
+    def save(self, text: Float[Tensor, "texts dim"]) -> None:
+        """Writes the features. Raises DataError if the file cannot be written."""
+        content = io.BytesIO()
+        np.save(content, text.cpu().numpy())
+        save(self.path, content.getvalue())
+
+
 def feature_cache(cache: FrameCache, model: TMASS) -> FeatureCache:
     """The cache of the features of this model's phi_v, in a folder below the frames."""
     return FeatureCache(cache, fingerprint(model.clip.visual))
@@ -80,11 +110,12 @@ def extract_features(
     workers: int = 0,
     amp: str = "off",
     store: FeatureCache | None = None,
-    keep: bool = False,
+    keep: Literal["none", "vision", "text", "clip"] = "none",
 ) -> Features:
     """phi_t of every caption and phi_v of every frame, in eval mode, on the model's device, float32.
 
-    store: a cache to read features from. keep: write the others to it, computed without autocast.
+    store: a cache to read features from. keep: whose features are also written to it: phi_v's ("vision"),
+    computed without autocast; phi_t's ("text"), where there is no autocast; or both ("clip").
     Raises DataError if a clip cannot be read."""
     training, device = model.training, model.logit_scale.device
     model.eval()
@@ -92,21 +123,26 @@ def extract_features(
     frames: list[Tensor | None] = [store.load(clip) if store else None for clip in clips]
     todo = [number for number, known in enumerate(frames) if known is None]
     order = [todo[k : k + batch] for k in range(0, len(todo), batch)]
-    text = []
+    amp, tokens, texts = "off" if keep in ("vision", "clip") else amp, torch.cat(dataset.tokens), None
+    if store and keep in ("text", "clip") and resolve_amp(device, amp) == "off":
+        texts = TextCache(cache, model, tokens)
+    known = texts.load() if texts else None
     bar = functools.partial(tqdm, desc="features", total=len(order), disable=len(order) < 20, leave=False)
-    with autocast(device, "off" if keep else amp):
+    with autocast(device, amp):
         for numbers, (images, _) in zip(order, bar(batches(dataset, order, workers))):
             for number, features in zip(numbers, model.encode_frames(normalise(images.to(device)))):
                 frames[number] = features
-                if store and keep:
+                if store and keep in ("vision", "clip"):
                     store.save(clips[number], features)
-        for tokens in torch.cat(dataset.tokens).split(8 * batch):
-            text.append(model.encode_text(tokens.to(device)))
+        if known is None:
+            text = torch.cat([model.encode_text(part.to(device)) for part in tokens.split(8 * batch)])
+    if texts and known is None:
+        texts.save(text)
     model.train(training)
     counts = torch.tensor([len(clip.captions) for clip in clips])
     owner = torch.repeat_interleave(torch.arange(len(clips)), counts)
     stacked = torch.stack([features.to(device) for features in frames])
-    return Features(torch.cat(text), stacked, owner.to(device))
+    return Features(text if known is None else known.to(device), stacked, owner.to(device))
 
 
 def cache(
@@ -127,7 +163,7 @@ def cache(
     frames = FrameCache(folder, num_frames, model.resolution, CHOICES[sampling])
     failures = frames.fill(clips)
     decoded = [clip for clip in clips if clip.id not in failures]
-    extract_features(model, decoded, frames, store=feature_cache(frames, model), keep=True)
+    extract_features(model, decoded, frames, store=feature_cache(frames, model), keep="vision")
     return report(frames, clips, failures)
 
 

@@ -202,7 +202,7 @@ def test_kept_features_are_evaluated_without_frames(run, clips_folder, tmp_path,
     cache = FrameCache(cache_folder("csv", Path("data"), tmp_path / "videos"), 3, 32)
     clips = of_split(read_csv(clips_folder / "clips.csv", tmp_path / "videos"), "test")
     model = open_checkpoint(Path("runs/one"))[0]
-    extract_features(model, clips, cache, store=feature_cache(cache, model), keep=True)
+    extract_features(model, clips, cache, store=feature_cache(cache, model), keep="vision")
     for path in [*cache.folder.glob("*.zip"), *(tmp_path / "videos").iterdir()]:
         path.unlink()
     assert run(*flags)["metrics"] == expected["metrics"]

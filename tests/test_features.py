@@ -27,10 +27,10 @@ def test_kept_features_replace_frames_and_videos(clips, tmp_path):
     model, cache = TMASS(small_clip(), num_frames=3), FrameCache(tmp_path / "cache", 3, 32)
     store = feature_cache(cache, model)
     expected = extract_features(model, own, cache, store=store)
-    assert not store.folder.exists()  # keep=False writes nothing
-    extract_features(model, own[1:], cache, batch=2, store=store, keep=True)
+    assert not store.folder.exists()  # keep="none" writes nothing
+    extract_features(model, own[1:], cache, batch=2, store=store, keep="vision")
     assert len(list(store.folder.iterdir())) == 4
-    extract_features(model, own, cache, store=store, keep=True)
+    extract_features(model, own, cache, store=store, keep="vision")
     for path in [*cache.folder.glob("*.zip"), *(tmp_path / "videos").iterdir()]:
         path.unlink()
     again = extract_features(model, own, cache, store=store)
@@ -65,3 +65,20 @@ def test_features_are_kept_until_the_video_changes(clips, tmp_path):
 def test_a_mistake_on_the_command_line_gives_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: [^\n]*gone\.pt not found[^\n]*$"):
         main(["--dataset=csv", f"--data={tmp_path}", f"--weights={tmp_path / 'gone.pt'}"])
+
+
+def test_texts_are_encoded_once_for_each_phi_t_and_each_list_of_captions(clips, tmp_path, monkeypatch):
+    model, cache = TMASS(small_clip(), num_frames=3), FrameCache(tmp_path, 3, 32)
+    options = dict(store=feature_cache(cache, model), keep="clip")
+    first = extract_features(model, clips[:4], cache, **options)
+    (file,) = (cache.folder / "texts").iterdir()
+    real, calls = TMASS.encode_text, []
+    monkeypatch.setattr(TMASS, "encode_text", lambda *given: calls.append(1) or real(*given))
+    assert torch.equal(extract_features(model, clips[:4], cache, **options).text, first.text) and not calls
+    extract_features(model, clips[:3], cache, **options)  # other captions
+    file.write_bytes(file.read_bytes()[:-1])  # damaged: computed again, and mended
+    assert torch.equal(extract_features(model, clips[:4], cache, **options).text, first.text)
+    with torch.no_grad():
+        model.clip.ln_final.weight[0] += 1  # another phi_t
+    assert not torch.equal(extract_features(model, clips[:4], cache, **options).text, first.text)
+    assert len(calls) == 3 and len(list((cache.folder / "texts").iterdir())) == 3
