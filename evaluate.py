@@ -8,6 +8,7 @@
 It encodes all texts and videos, then scores all pairs, then ranks. A score depends on one text and one video;
 in the released evaluator it also depends on the pairing (docs/leak.md)."""
 
+import engine  # isort: skip  # noqa: F401  # before torch: it sets how OpenMP waits
 import hashlib
 import json
 import platform
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from engine import distributed
+from engine import distributed, scoring
 from engine.backbone import autocast, fingerprint
 from engine.checkpoint import OTHER_TINY, latest_run, open_checkpoint, other_tiny_clip
 from engine.config import EvaluationConfig, check_config, label, method_of, parse_evaluation, prior_of
@@ -157,12 +158,8 @@ def score_all(config: EvaluationConfig, opened: Opened) -> Float[Tensor, "texts 
     """Returns the scores of all pairs. Under torchrun each process scores its shard and gets all of them."""
     features, own = opened.features, shard(len(opened.clips))
     M, prior = draws(config, opened), prior_of(config, opened.trained, opened.dataset)
-    if config.score == "expected":
-        noise = Expectation(M, **prior)
-    elif config.noise == "independent":
-        noise = PairNoise(M, config.seed, **prior, first_video=own.start)
-    else:
-        noise = noise_bank(M, features.text.shape[1], config.seed, **prior)
+    how = config.score, config.noise, M, features.text.shape[1], config.seed, own.start
+    noise = scoring.choose_noise(*how, **prior)
     own_text = features.text[own] if config.protocol == "released" else None
     progress = rank_and_world()[0] == 0
     part = scores(opened.model, features.text, features.frames, noise, own_text=own_text, progress=progress)
@@ -249,8 +246,8 @@ def describe(config: EvaluationConfig, opened: Opened) -> str:
         parts.append(f"M = {M}")
         if config.prior or config.prior_std is not None or opened.trained.get("released"):
             parts.append("U(0, 1)" if prior["prior"] == "uniform" else f"N(0, {prior['std']:g}^2)")
-        if config.score == "expected":
-            parts.append("expected")
+        if config.score in ("expected", "mc", "delta"):
+            parts.append({"mc": "expected, Monte Carlo"}.get(config.score, config.score))
         elif config.noise == "independent":
             parts.append("independent noise")
     if config.dsl != "none":

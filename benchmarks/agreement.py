@@ -15,7 +15,7 @@ import train
 from benchmarks import inference, train_step
 from engine.backbone import autocast
 from engine.config import preset
-from engine.scoring import Expectation, noise_bank, scores
+from engine.scoring import Delta, Expectation, noise_bank, scores
 from model import sample_noise
 
 # The largest difference from the CPU's float32: relative to the norm; of scores, which are cosines, absolute.
@@ -92,11 +92,12 @@ def of_losses(device: torch.device) -> Iterator[tuple[str, str, float]]:
 
 
 def of_scores(device: torch.device) -> Iterator[tuple[str, str, float]]:
-    """Scores of 70 x 50 pairs: the best of the same draws, and the expected best."""
+    """Scores of 70 x 50 pairs: the best of the same draws, the expected best, its delta form."""
     text, frames = features(70, 50)
     for radius in ("linear", "joint"):
         bank = noise_bank(inference.M, inference.DIM, 0)
-        for score, noise in (("sampled", bank), ("expected", Expectation(inference.M))):
+        kinds = ("sampled", bank), ("expected", Expectation(inference.M)), ("delta", Delta(inference.M))
+        for score, noise in kinds:
             exact = scores(inference.Heads(radius), text, frames, noise)
             for kind, what in ((torch.float32, "scores"), (torch.bfloat16, "scores, bf16")):
                 heads, to = inference.Heads(radius).to(device, kind), dict(device=device, dtype=kind)

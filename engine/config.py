@@ -59,12 +59,13 @@ class Config:
     prior: Literal["normal", "uniform"] = "normal"
     """eps ~ N(0, prior_std^2), the paper's; uniform: U(0, 1), the default of the released code"""
     prior_std: float = 1.0  # standard deviation of the normal prior
-    pairs: Literal["matched", "every", "expected"] = "matched"
-    """the scores in L_s; matched: t_s is drawn for matched pairs only (released code); every: for every pair,
-    as in inference; expected: no draw, the expected best of M, so that R is trained for ranking"""
+    pairs: Literal["matched", "every", "draws", "soft", "delta"] = "matched"
+    """the scores in L_s; matched: t_s is drawn for matched pairs only (released code); every: once for every
+    pair; draws: the best of M draws for every pair, as in inference; soft: log mean exp over them, at the
+    temperature; delta: no draw, the closed form of --score delta"""
     alpha: float = 1.2  # weight of L_sup, the support-text loss
     ce: float = 0.0  # weight of L_ce, the loss of t itself, next to L_s
-    M: int = 20  # texts drawn per pair in validation; also the M of --pairs expected
+    M: int = 20  # texts drawn per pair in validation; also the M of --pairs draws, soft, delta
 
     epochs: int = 5  # passes over the captions; each at most once a pass
     max_steps: int | None = None  # stop after this many steps; the schedule ends there too
@@ -111,8 +112,8 @@ PRESETS: dict[str, dict] = {
     ),
     "lsmdc": dict(head_lr=1e-5, workers=8),
 }
-# best: R reads t and v; a pair's training score is the expected best of M draws, so that R learns to rank.
-BEST = dict(radius="joint", pairs="expected", alpha=0.0, ce=0.5, radius_lr=1e-3)
+# best: R reads t and v; a pair's training score is an approximate best of M draws, so that R learns to rank.
+BEST = dict(radius="joint", pairs="delta", alpha=0.0, ce=0.5, radius_lr=1e-3)
 # released: what the released code of T-MASS trains with; and what its commands and X-Pool's say of a data set
 RELEASED = dict(alpha=0.0, prior="uniform", adam_eps=1e-6, radius_start="identity")
 COMMANDS: dict[tuple[str, str], dict] = {
@@ -158,8 +159,10 @@ class EvaluationConfig:
 
     checkpoint: tuple[Path, ...] = ()  # runs or checkpoint files; default: the latest run under runs/
     M: int = 20  # texts drawn per text-video pair ("Inference Pipeline"); 0 scores t itself
-    score: Literal["sampled", "mean", "expected"] = "sampled"
-    """sampled: best of M draws (the paper); mean: t itself; expected: expected best of M, no draws"""
+    score: Literal["sampled", "mean", "expected", "mc", "delta"] = "sampled"
+    """sampled: best of M draws (the paper); mean: t itself; expected: the expected best of M, by the exact
+    moments of a score; mc: the same by Monte Carlo, 50 banks of M draws; delta: a closed form that is the
+    expectation only where R is nearly even over channels; --recipe best trains with it"""
     prior: Literal["normal", "uniform"] | None = None
     """of eps; default: as in training; released checkpoints: uniform, and N(0, 0.003^2) for LSMDC"""
     prior_std: float | None = None  # standard deviation of the normal prior; default: as in training
@@ -193,10 +196,12 @@ class EvaluationConfig:
 def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
     """The noise to draw, {"prior", "std"}: the flags', else that of training or of the released code.
 
-    Raises ModelError for a --prior-std that the prior does not have."""
+    Raises ModelError for a --prior-std or a --score that the prior does not have."""
     released = dict(prior="normal", prior_std=0.003) if dataset == "lsmdc" else dict(prior="uniform")
     own = released if trained.get("released") else trained
     prior = config.prior or own.get("prior", "normal")
+    if prior == "uniform" and config.score == "expected":
+        raise ModelError("--score expected needs the normal prior, and this is U(0, 1): use --score mc.")
     if prior == "uniform" and config.prior_std is not None:
         what = "--prior-std is that of the normal prior, and this checkpoint was trained with the uniform one"
         raise ModelError(f"{what}: add --prior normal, or leave it out.")
@@ -261,8 +266,9 @@ def check_config(config: Config | EvaluationConfig) -> None:
     if freeze != "none" and (config.augment or config.sampling == "random"):
         advice = "add --no-augment and keep --sampling uniform"
         raise ModelError(f"--freeze {freeze} computes the features of each clip once: {advice}.")
-    if config.radius != "none" and config.pairs == "expected" and config.M < 1:
-        raise ModelError("--M 0 leaves --pairs expected no draw: give 1 or more, or use --pairs matched.")
+    if config.radius != "none" and config.pairs in ("draws", "soft", "delta") and config.M < 1:
+        what = f"--M 0 leaves --pairs {config.pairs} no draw"
+        raise ModelError(f"{what}: give 1 or more, or use --pairs matched.")
 
 
 # ---- command lines
@@ -313,7 +319,10 @@ def plain(config: Config) -> dict:
 
 
 def upgrade_config(trained: dict) -> dict:
-    """A recorded config with "fusion" and "radius", which earlier versions derived from "method"."""
+    """A recorded config in today's words: "pairs" was "expected" for delta, and earlier versions derived
+    "fusion" and "radius" from "method"."""
+    if trained.get("pairs") == "expected":
+        trained = {**trained, "pairs": "delta"}
     if "method" not in trained or "fusion" in trained:
         return trained
     fusion, radius = METHODS[trained["method"]]

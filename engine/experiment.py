@@ -210,6 +210,19 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
+def say_noise(ratio: float | None, config: Config, first: bool) -> None:
+    """Prints |R eps| / |t| of a validation; the first time also a warning if it is larger than 1."""
+    if ratio is None:
+        return
+    say(f"  noise on matching pairs: |R eps| = {ratio:.2f} |t|")
+    if first and ratio > 1:
+        start = float(f"{0.3 * config.initial_radius / ratio:.1g}")
+        advice = f"--initial-radius {start:g} starts it near 0.3 |t|"
+        if config.radius not in ("linear", "joint"):
+            advice = "--radius linear with a small --initial-radius starts it lower"
+        say(f"  warning: the noise is larger than the text, and low rates hardly change it: {advice}.")
+
+
 @contextmanager
 def stage(what: str) -> Iterator[None]:
     """Says what is going on now, and at its end how long it took."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from data import epoch_batches
 from engine.backbone import activation_of, resolve_amp
 from engine.config import Config
+from engine.datasets import Clip
 from engine.distributed import rank_and_world
 from engine.files import ModelError, first_line
 from engine.weights import MISMATCH
@@ -48,6 +51,17 @@ def parameter_groups(model: TMASS, config: Config) -> list[dict]:
 def batch_norms(model: TMASS) -> list[nn.Module]:
     """The BatchNorm layers of CLIP: a ResNet has them, a vision transformer has none."""
     return [module for module in model.clip.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def check_batches(config: Config, model: TMASS, clips: Sequence[Clip], validation: int) -> None:
+    """Raises ModelError if the batches cannot be split over the processes. validation: how many clips."""
+    _, world = rank_and_world()
+    if config.method == "clip" and batch_norms(model) and (world > 1 or config.micro_batch):
+        advice = "leave out --micro-batch and start one process"
+        raise ModelError(f"--method clip trains the batch norm of this CLIP, on whole batches: {advice}.")
+    if world > min(validation or world, *map(len, epoch_batches(clips, config.batch, config.seed, 0))):
+        limit = "the pairs of a batch or the validation clips"
+        raise ModelError(f"{world} processes are more than {limit}: start fewer.")
 
 
 def train_mode(model: TMASS, config: Config) -> None:

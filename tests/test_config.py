@@ -197,7 +197,7 @@ def test_every_loss_has_a_weight_in_every_recipe():
     (dict(M=10**9), "--M 1000000000: give a number from 0 to 100000"), (dict(workers=10**6), "--workers 10"),
     (dict(seed=10**30), "--seed 1000000000000000000000000000000: give a number from 0"),
     (dict(prior="uniform", prior_std=0.5), "--prior-std is that of the normal prior: leave it out, or"),
-    (dict(pairs="expected", M=0), "--M 0 leaves --pairs expected no draw"),
+    (dict(pairs="soft", M=0), "--M 0 leaves --pairs soft no draw"),
     (dict(dataset="nope"), "unknown --dataset nope: choose shapes, "),
     (dict(fusion="nope"), "unknown --fusion nope: choose mean, xpool"),
     (dict(radius="nope"), "unknown --radius nope: choose fixed, scalar, linear, joint, none"),
@@ -285,4 +285,5 @@ def test_older_records_are_read_by_their_method(method, radius, parts):
     now = plain(replace(preset("shapes", "tmass"), method=method, fusion=parts[0], radius=parts[1]))
     before = {**{name: value for name, value in now.items() if name != "fusion"}, "radius": radius}
     assert upgrade_config(before) == now and upgrade_config(now) == now and "fusion" not in before
+    assert upgrade_config({"pairs": "expected"}) == {"pairs": "delta"}
     assert upgrade_config({}) == {} and upgrade_config({"released": True}) == {"released": True}

@@ -23,7 +23,7 @@ from engine import optim
 from engine.config import RECIPES, Config
 from engine.frames import FrameCache
 from engine.optim import TrainState, compile_encoders, train_mode
-from engine.scoring import Expectation, best_of, noise_bank, scores
+from engine.scoring import Delta, best_of, noise_bank, scores
 from model import TMASS
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -268,7 +268,7 @@ def test_a_step_and_its_scores_stay_on_their_device(options, monkeypatch):
         for _ in range(2):
             loss, parts = train.train_step(steps.state, steps.encoder, images, tokens, steps.config, 7)
         text, frames = torch.empty(5, 24, device="meta"), torch.empty(4, 3, 24, device="meta")
-        for noise in (bank, Expectation(20)):
+        for noise in (bank, Delta(20)):
             assert scores(model.eval(), text, frames, noise).shape == (5, 4)
     assert {loss.device.type, *(part.device.type for part in parts.values())} == {"meta"}
     assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())

@@ -17,7 +17,7 @@ from engine.config import METHODS, RECIPES, Config
 from engine.experiment import read_log
 from engine.files import ModelError
 from engine.optim import TrainState, compile_encoders, finite, learning_rate, parameter_groups, train_mode
-from engine.scoring import Expectation, best_of, noise_bank, scores
+from engine.scoring import Delta, best_of, noise_bank, scores
 from model import TMASS
 
 
@@ -267,7 +267,7 @@ def test_a_step_and_scores_need_no_float64(options):
     with NoFloat64():
         state, _ = a_step(**options)
         text, frames = randn(5, 24), randn(4, 3, 24)
-        for noise in (noise_bank(20, 24, 0), Expectation(20)):
+        for noise in (noise_bank(20, 24, 0), Delta(20)):
             scores(state.model.eval(), text, frames, noise)
 
 
