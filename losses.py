@@ -21,7 +21,7 @@ def cosine_scores(
     `text` holds one point a text (t, t_sup, t_s of the matched pair) or one a pair (t_s of every pair)."""
     if text.dim() == 2:
         text = text[:, None]
-    return (F.normalize(text, dim=-1) * F.normalize(video, dim=-1)).sum(dim=-1)
+    return (F.normalize(text, dim=-1) * video).sum(dim=-1) / video.norm(dim=-1).clamp_min(1e-12)
 
 
 def symmetric_cross_entropy(

@@ -11,6 +11,7 @@ of the whole batch, also with --micro-batch and torchrun. The number of a step s
 depends on seed and epoch only, so a resumed run ends with the weights of an uninterrupted one.
 """
 
+import engine  # isort: skip  # noqa: F401  # before torch: it sets how OpenMP waits
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,17 +29,19 @@ from torch.utils.checkpoint import checkpoint
 import data
 from data import ClipDataset, epoch_batches, normalise
 from engine import distributed
+from engine.analysis import noise_ratio
 from engine.backbone import autocast, load_clip
 from engine.config import PRESETS, RECIPES, Config, check_config, label, loss_weights, parse, preset
 from engine.datasets import Clip, cache_folder, of_split, read_clips, with_validation, without
 from engine.distributed import gather, gather_features, shard
-from engine.experiment import LOG_EVERY, Interrupt, Run, read_log, say, stage
+from engine.experiment import LOG_EVERY, Interrupt, Run, read_log, say, say_noise, stage
+from engine.fast_training import fast_symbols
 from engine.features import extract_features, feature_cache
 from engine.files import DataError, ModelError
 from engine.frames import CHOICES, FrameCache, set_limits
 from engine.metrics import retrieval_metrics
-from engine.optim import TrainState, batch_norms, compile_encoders, finite, learning_rate, train_mode
-from engine.scoring import Expectation, noise_bank, scores
+from engine.optim import TrainState, check_batches, compile_encoders, finite, learning_rate, train_mode
+from engine.scoring import Delta, best_of_draws, noise_bank, scores
 from losses import cosine_scores, tmass_loss
 from model import TMASS, Frames, Pairs, Text, matched, sample_noise, stochastic_text, support_text
 
@@ -77,25 +80,31 @@ class Encoder(nn.Module):
 
 def forward(model: TMASS, text: Text, frames: Frames, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its parts, from the features of a batch in which text i belongs to video i; float32."""
-    video = model.fusion(text, frames)  # v = psi(t, f)
+    if fast := fast_symbols(model, text, frames, config):  # the same numbers, for known psi and R
+        return tmass_loss(loss_weights(config), scale=model.logit_scale.exp(), **fast)
+    video, scale = model.fusion(text, frames), model.logit_scale.exp()  # v = psi(t, f), 1 / tau
     radius = mass_scores = t_sup = None
     if model.radius is not None:
         radius = model.radius(text, frames, video)  # R = exp(S W + b), W and b learned
         t_sup = support_text(text, matched(video), matched(radius))
-        mass_scores = score_mass(text, radius, video, config)  # cos(t_s, v)
+        mass_scores = score_mass(text, radius, video, config, scale)  # cos(t_s, v)
     symbols = dict(text=text, video=video, radius=radius, mass_scores=mass_scores, t_sup=t_sup)
-    scale = model.logit_scale.exp()  # 1 / tau
     return tmass_loss(loss_weights(config), scale=scale, **symbols)  # L_s + alpha L_sup in the paper
 
 
-def score_mass(text: Text, radius: Pairs, video: Pairs, config: Config) -> Float[Tensor, "texts videos"]:
-    """cos(t_s, v), with t_s drawn as --pairs says; or its expected best of M draws."""
-    if config.pairs == "expected":
-        return Expectation(config.M, config.prior, config.prior_std).of(text[:, None], radius, video)
+def score_mass(
+    text: Text, radius: Pairs, video: Pairs, config: Config, scale: Tensor
+) -> Float[Tensor, "texts videos"]:
+    """cos(t_s, v), with t_s drawn as --pairs says; or, of every pair, a best of M draws."""
+    prior = dict(prior=config.prior, std=config.prior_std)
+    if config.pairs == "delta":
+        return Delta(config.M, **prior).of(text[:, None], radius, video)
+    if config.pairs in ("draws", "soft"):
+        noise = sample_noise(config.M, text.shape[1], **prior, device=text.device)
+        return best_of_draws(text, radius, video, noise, scale if config.pairs == "soft" else None)
     mass = matched(radius)[:, None] if config.pairs == "matched" else radius  # (texts, 1 or videos, dim)
-    noise = sample_noise(1, *mass.shape, prior=config.prior, std=config.prior_std, device=mass.device)  # eps
-    t_s = stochastic_text(text, mass, noise)[0].squeeze(1)  # t_s = t + R eps
-    return cosine_scores(t_s, video)
+    noise = sample_noise(1, *mass.shape, **prior, device=mass.device)  # eps
+    return cosine_scores(stochastic_text(text, mass, noise)[0].squeeze(1), video)  # t_s = t + R eps
 
 
 def train_step(
@@ -118,8 +127,7 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     state.schedule.step()
-    with torch.no_grad():
-        model.logit_scale.clamp_(max=math.log(100))  # as in CLIP
+    model.logit_scale.data.clamp_(max=math.log(100))  # as in CLIP
     state.step += 1
     return loss.detach(), {name: part.detach() for name, part in parts.items()}
 
@@ -199,18 +207,22 @@ class Batches:
             step += len(batches)
 
 
-def validate(model: TMASS, clips: list[Clip], cache: FrameCache, config: Config) -> dict[str, dict]:
-    """Metrics on the validation split, as in evaluate.py. Each process scores a shard of the videos.
+def validate(
+    model: TMASS, clips: list[Clip], cache: FrameCache, config: Config
+) -> tuple[dict[str, dict], float | None]:
+    """Metrics on the validation split, as in evaluate.py; and |R eps| / |t|, None without a mass.
 
-    Raises ModelError if a score is not finite."""
+    Each process scores a shard of the videos. Raises ModelError if a score is not finite."""
     own, keep = shard(len(clips)), config.freeze
     options = dict(amp=config.amp, store=None if keep == "none" else feature_cache(cache, model), keep=keep)
     features = extract_features(model, clips[own], cache, config.batch, config.workers, **options)
     text, owner = gather(features.text), gather(features.owner + own.start)
     noise = noise_bank(config.M, text.shape[1], config.seed, config.prior, config.prior_std)
     matrix = gather(scores(model.eval(), text, features.frames, noise).T.contiguous()).T
+    own_pairs, prior = vars(features).values(), dict(prior=config.prior, std=config.prior_std)
+    ratio = None if model.radius is None else noise_ratio(model, *own_pairs, **prior)
     try:
-        return retrieval_metrics(matrix, owner)
+        return retrieval_metrics(matrix, owner), ratio
     except ValueError as error:
         raise ModelError(f"validation failed: {error}") from None
 
@@ -220,10 +232,11 @@ def validate_and_save(state: TrainState, setup: "Setup", run: Run, config: Confi
     run.save("last.pt", state.model, **state.state_dict())  # a kill during the validation loses no step
     best = state.best
     if setup.val_clips:
-        state.val = validate(state.model, setup.val_clips, setup.cache, config)
-        run.log.row(step=state.step, val=state.val)
+        state.val, ratio = validate(state.model, setup.val_clips, setup.cache, config)
+        run.log.row(step=state.step, val=state.val, **({} if ratio is None else {"noise": round(ratio, 4)}))
         found = state.val["t2v"]
         say(f"step {state.step}, validation: " + "  ".join(f"{name} {x:.1f}" for name, x in found.items()))
+        say_noise(ratio, config, first=state.validated == 0)
         best = found["R@1"] + found["R@5"] + found["R@10"]
     state.validated = state.step
     if not setup.val_clips or best > state.best:
@@ -234,8 +247,7 @@ def validate_and_save(state: TrainState, setup: "Setup", run: Run, config: Confi
 
 def log_step(state: TrainState, losses: dict[str, Tensor], batches: Batches, run: Run) -> None:
     """Writes a row of metrics.jsonl. Raises ModelError after too many skipped steps in a row."""
-    scale = state.model.logit_scale.exp()
-    numbers = {name: finite(value) for name, value in {**losses, "scale": scale}.items()}
+    numbers = {name: finite(x) for name, x in {**losses, "scale": state.model.logit_scale.exp()}.items()}
     skipped, last = state.guard.read()
     run.bar.set_postfix({"loss": numbers["loss"]}, refresh=False)
     run.log.row(step=state.step, **numbers, lr=state.schedule.get_last_lr(), skipped=skipped)
@@ -275,7 +287,7 @@ def prepare(config: Config, device: torch.device) -> Setup:
             skipped = cache.fill(todo)
         clips, val_clips = without(clips, skipped), without(val_clips, skipped)
     setup = Setup(model, ClipDataset(clips, cache, model.clip.context_length), val_clips, cache, skipped)
-    check_setup(config, setup)
+    check_batches(config, model, clips, len(val_clips))
     compile_encoders(model, config.compile)
     if config.freeze != "none":
         with stage(f"CLIP's features of {len(clips)} clips, computed once"):
@@ -302,18 +314,6 @@ def build(config: Config) -> TMASS:
     if config.radius_start == "identity":
         nn.init.eye_(model.radius.linear.weight)  # W, (dim, frames) here
     return model
-
-
-def check_setup(config: Config, setup: Setup) -> None:
-    """Raises ModelError if the batches cannot be split as asked."""
-    world = distributed.rank_and_world()[1]
-    if config.method == "clip" and batch_norms(setup.model) and (world > 1 or config.micro_batch):
-        advice = "leave out --micro-batch and start one process"
-        raise ModelError(f"--method clip trains the batch norm of this CLIP, on whole batches: {advice}.")
-    batches = epoch_batches(setup.dataset.clips, config.batch, config.seed, 0)
-    if world > min(len(setup.val_clips) or world, *map(len, batches)):
-        limit = "the pairs of a batch or the validation clips"
-        raise ModelError(f"{world} processes are more than {limit}: start fewer.")
 
 
 def freeze(setup: Setup, config: Config) -> None:

@@ -1,5 +1,9 @@
 """Time and memory of a training step: train.train_step, and a plain step of the same model; its stages.
 
+A second part times a step of psi and R alone on the CPU, on fixed features, as the demo trains: literally as
+train.forward is written, and by engine/fast_training.py, in turns; with 1 and 2 threads; and while another
+process holds one of the cores. `--heads` measures this part alone.
+
     python benchmarks/train_step.py       # the tiny CLIP on the CPU; on CUDA also ViT-B/32 and ViT-B/16
 
 T-MASS with random weights, all of it trained, 32 pairs of 12 frames. The plain step is that of the released
@@ -14,16 +18,20 @@ the whole peak on CUDA. Ratios compare cases of one run. Writes benchmarks/train
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +54,8 @@ from model import TMASS  # noqa: E402
 
 BATCH, FRAMES, MICRO = 32, 12, 8
 SECONDS = 8  # a case is timed for about this long
+HEADS = {"X-Pool": ("xpool", None), "T-MASS, paper": ("tmass", "paper"), "T-MASS, best": ("tmass", "best")}
+WAITING = {"sleep": {"OMP_WAIT_POLICY": "passive"}, "spin": {"OMP_WAIT_POLICY": "active"}}  # of OpenMP
 VIT = dict(
     embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, context_length=77,
     vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12,
@@ -93,7 +103,8 @@ def plain_step(
     model: TMASS, optimizer: torch.optim.Optimizer, images: Tensor, tokens: Tensor, config: Config
 ) -> float:
     """Takes a step as the released code does. Returns the same loss as train_step."""
-    with sdpa_kernel(SDPBackend.MATH):
+    literal = patch.object(train, "fast_symbols", return_value=None)
+    with sdpa_kernel(SDPBackend.MATH), literal:
         text, frames = model.encode_text(tokens), model.encode_frames(data.normalise(images))
         loss, _ = train.forward(model, text, frames, config)
         optimizer.zero_grad()
@@ -240,11 +251,7 @@ class StageClock:
         """Times the functions that train_step calls, so the measured step is that of train.py."""
         model.encode_text = self.timed("encode text", model.encode_text)
         model.encode_frames = self.timed("encode frames", model.encode_frames)
-        model.fusion.forward = self.timed("fuse", model.fusion.forward)
-        model.radius.forward = self.timed("fuse", model.radius.forward)
-        stages = dict.fromkeys(("sample_noise", "stochastic_text", "support_text"), "fuse")
-        stages |= dict.fromkeys(("cosine_scores", "tmass_loss"), "loss")
-        for name, stage in stages.items():
+        for name, stage in {"fast_symbols": "fuse", "tmass_loss": "loss"}.items():
             setattr(train, name, self.timed(stage, getattr(train, name)))
         torch.Tensor.backward = self.timed("backward", torch.Tensor.backward)
         nn.utils.clip_grad_norm_ = self.timed("optimizer", nn.utils.clip_grad_norm_)
@@ -286,6 +293,85 @@ def stages_case(arch: str, device: str, folder: str) -> dict:
     return dict(arch=arch, device=device, ms=ms)
 
 
+def head_step(method: str, recipe: str | None, batch: int) -> Callable[[], object]:
+    """Returns a function that trains psi and R for one step on random features, as on the built-in clips."""
+    config = replace(preset("shapes", method, recipe), batch=batch)
+    torch.manual_seed(0)
+    model = TMASS(load_clip("tiny"), config.fusion, config.radius, FRAMES)
+    model.clip.requires_grad_(False)
+    model.logit_scale.requires_grad_(True)
+    train_mode(model, config)
+    state, encoder = TrainState(model, config, total=10_000), train.Encoder(model, config)
+    text, frames = torch.randn(batch, 256), torch.randn(batch, FRAMES, 256)
+    return lambda: train.train_step(state, encoder, frames, text, config, batch)
+
+
+def heads_case(name: str, batch: int) -> dict:
+    """Returns milliseconds of a step of psi and R by each form, which take turns, and the ratio."""
+    step, seconds = head_step(*HEADS[name], batch), {"literal": [], "fast": []}
+    while len(seconds["fast"]) < 23:
+        for form, found in seconds.items():
+            literal = patch.object(train, "fast_symbols", return_value=None)
+            with literal if form == "literal" else nullcontext():
+                started = time.perf_counter()
+                step()
+                found.append(1e3 * (time.perf_counter() - started))
+    ms = {form: statistics.median(found[3:]) for form, found in seconds.items()}
+    return dict(
+        model=name, batch=batch, threads=torch.get_num_threads(), ms=ms, ratio=ms["literal"] / ms["fast"]
+    )
+
+
+def mean_ms(name: str, batch: int, seconds: float = 3) -> float:
+    """Returns the mean milliseconds of a step of psi and R over about so many seconds."""
+    step, count = head_step(*HEADS[name], batch), 0
+    for _ in range(2):
+        step()
+    started = time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        step()
+        count += 1
+    return 1e3 * passed / count
+
+
+def contention_case(name: str, batch: int) -> dict:
+    """Returns ms of a step by threads, how OpenMP waits, and whether another process holds a core."""
+    found = {}
+    for load in ("free", "one core held"):
+        other = subprocess.Popen(["yes"], stdout=subprocess.DEVNULL) if load != "free" else None
+        if other:
+            os.sched_setaffinity(other.pid, {max(os.sched_getaffinity(0))})
+        try:
+            for threads, waiting in ((1, "sleep"), (2, "sleep"), (2, "spin")):
+                code = f"from benchmarks.train_step import mean_ms; print(mean_ms({name!r}, {batch}))"
+                env = {**os.environ, "OMP_NUM_THREADS": str(threads), **WAITING[waiting]}
+                done = subprocess.run(
+                    [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+                )
+                found[f"{load}, {threads} threads, {waiting}"] = float(done.stdout.split()[-1])
+        finally:
+            if other:
+                other.kill()
+                other.wait()
+    return dict(model=name, batch=batch, ms=found)
+
+
+def heads() -> dict:
+    """Measures and prints the steps of psi and R alone."""
+    rows = [row for name in HEADS for batch in (32, 64) if (row := run(heads_case, name, batch))]
+    print("\npsi and R on fixed features\n\n| model | batch | literal, ms | fast, ms | ratio |")
+    print("|---|---:|---:|---:|---:|")
+    for row in rows:
+        ms = row["ms"]
+        times = f"{ms['literal']:.1f} | {ms['fast']:.1f} | {row['ratio']:.2f}"
+        print(f"| {row['model']} | {row['batch']} | {times} |")
+    contention = contention_case("X-Pool", 64)
+    print("\n| X-Pool, batch 64 | ms |\n|---|---:|")
+    for what, ms in contention["ms"].items():
+        print(f"| {what} | {ms:.0f} |")
+    return dict(load=os.getloadavg()[0], rows=rows, contention=contention)
+
+
 def run(function: Callable, *arguments) -> dict | None:
     """Runs a case in its own process. Returns what it finds, None if it failed."""
     row, code = in_own_process(function, *arguments)
@@ -319,7 +405,12 @@ def compare(arch: str, device: str, peak: float) -> list[dict]:
 def main() -> None:
     """Measures, prints the tables, writes the JSON."""
     raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--heads", action="store_true", help="time psi and R alone; keep the other figures")
+    path = ROOT / "benchmarks" / "train_step.json"
+    if parser.parse_args().heads:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "heads": heads()}, indent=1) + "\n")
+        return
     devices = {"cpu": ("tiny",), "cuda": ("ViT-B/32", "ViT-B/16")}
     rows, stages, peaks = [], [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -340,8 +431,8 @@ def main() -> None:
             print(f"| {stage} | {ms:.1f} | {100 * ms / total:.0f} |")
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     about = dict(machine=f"{cpu}, torch {torch.__version__}", command=" ".join(sys.argv), peaks=peaks)
-    content = json.dumps({**about, "rows": rows, "stages": stages}, indent=1)
-    (ROOT / "benchmarks" / "train_step.json").write_text(content + "\n")
+    content = json.dumps({**about, "rows": rows, "stages": stages, "heads": heads()}, indent=1)
+    path.write_text(content + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""What a training step needs of a batch (v, cos(t_s, v), t_sup), with fewer products than psi and R take.
+
+The same mathematics as in train.forward; a test holds values and gradients to it. It knows X-Pool's psi with
+one head, its controls and the radii of model.py. Any other psi, R or loss takes the literal form. With x_i,
+frame i after LN1 without scale and shift (constant where the features are frozen), and M' for M transposed:
+
+    q . k_i = (gamma1 W_k' q) . x_i + number of the text    W_k acts on the texts; softmax drops the number
+    y_i     = W_o (W_v LN1(f_i) + b_v) + b_o, centred       sum_i a_i = 1: W_v and W_o act on the frames
+    o       = sum_i w_i gamma2 y_i + beta2                  LN2: w = a / sqrt(a' G a + eps), G = Y Y' / dim
+    P o     = sum_i w_i P gamma2 y_i + (P beta2 + b)        P acts on the frames too
+    v       = LN3(o + dropout(P o))
+
+So no dim x dim product is left for each pair, only products with the T' + 1 vectors of a video. The mask of
+the dropout takes 16 random bits a number: p is rounded to a multiple of 2^-16, and the scale is exact for it.
+R is computed for matched pairs if the loss reads no others; --pairs delta needs five sums over channels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from engine.config import Config
+from engine.controls import CONTROLS, Control
+from engine.scoring import best_of
+from losses import LOSSES, stochastic_loss, support_loss, text_loss
+from model import (
+    TMASS,
+    FixedRadius,
+    Frames,
+    JointRadius,
+    LinearRadius,
+    Pairs,
+    ScalarRadius,
+    Text,
+    XPool,
+    cosine_similarities,
+    matched,
+    sample_noise,
+    stochastic_text,
+    support_text,
+)
+
+KNOWN_LOSSES = {"L_s": stochastic_loss, "L_sup": support_loss, "L_ce": text_loss}  # they read no radius
+KNOWN_RADII = (FixedRadius, ScalarRadius, LinearRadius, JointRadius)
+
+
+def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> dict[str, Tensor | None] | None:
+    """The symbols of tmass_loss for a batch, or None where only the literal form is known to be right."""
+    psi, radius, pairs = model.fusion, model.radius, config.pairs
+    control = type(psi) in CONTROLS.values() and type(psi).forward is Control.forward and radius is None
+    known = type(psi) is XPool or control
+    if not known or psi.heads > 1 or psi.dropout.p > 0.99 or LOSSES != KNOWN_LOSSES:
+        return None
+    if radius is None:
+        video = pool(psi, text, frames)
+        return dict(text=text, video=video if type(psi) is XPool else psi.change(text, frames, video))
+    if pairs == "matched" and type(radius) in KNOWN_RADII:
+        video = pool(psi, text, frames)
+        own = matched(video)
+        sims = (F.normalize(text, dim=-1)[:, None] * F.normalize(frames, dim=-1)).sum(dim=-1)
+        mass = radius.from_similarities(sims, text, own)  # R of matched pairs, (texts, dim)
+        noise = sample_noise(1, len(text), 1, text.shape[1], **prior_of(config), device=text.device)
+        t_s = stochastic_text(text, mass[:, None], noise)[0].squeeze(1)
+        t_sup = support_text(text, own, mass) if config.alpha else None
+        mass_scores = _Cosines.apply(F.normalize(t_s, dim=-1), video)
+        return dict(text=text, video=video, mass_scores=mass_scores, t_sup=t_sup)
+    if pairs == "delta" and type(radius) is JointRadius and config.prior == "normal" and not config.alpha:
+        video = pool(psi, text, frames)
+        mass_scores = joint_delta(radius, text, frames, video, config.M, config.prior_std)
+        return dict(text=text, video=video, mass_scores=mass_scores)
+    return None
+
+
+def prior_of(config: Config) -> dict[str, str | float]:
+    """The distribution of eps, as `sample_noise` takes it."""
+    return dict(prior=config.prior, std=config.prior_std)
+
+
+# ------------------------------------------------------------------------------------------------------- psi
+
+
+def pool(psi: XPool, text: Text, frames: Frames) -> Pairs:
+    """v = psi(t, f) of every pair, for one head."""
+    videos, dim = len(frames), text.shape[1]
+    x = F.layer_norm(frames, (dim,), eps=psi.norm1.eps).flatten(0, 1)  # (videos x frames, dim)
+    query = psi.query(psi.norm1(text)) / dim**0.5
+    logits = ((query @ psi.key.weight) * psi.norm1.weight) @ x.T + (query @ psi.key(psi.norm1.bias))[:, None]
+    a = logits.unflatten(1, (videos, -1)).softmax(dim=-1).transpose(0, 1)  # (videos, texts, frames)
+
+    out, shift = centred(psi.out.weight, 0), centred(psi.out(psi.value(psi.norm1.bias)), 0)
+    y = torch.linalg.multi_dot([x, (psi.value.weight * psi.norm1.weight).T, out.T]) + shift
+    z = F.linear(y, psi.linear.weight * psi.norm2.weight).unflatten(0, (videos, -1))  # P gamma2 y
+    y = y.unflatten(0, (videos, -1))
+    variance = (a @ (y @ y.mT) * a).sum(dim=-1, keepdim=True) / dim
+    inverse_sigma = (variance + psi.norm2.eps).rsqrt()
+    w = torch.cat([a * inverse_sigma, torch.ones_like(inverse_sigma)], dim=-1)  # (videos, texts, frames + 1)
+    o = torch.cat([y * psi.norm2.weight, psi.norm2.bias.expand(videos, 1, dim)], dim=1)
+    p = torch.cat([z, psi.linear(psi.norm2.bias).expand(videos, 1, dim)], dim=1)
+    if psi.training and psi.dropout.p > 0:
+        keep, scale = dropout_mask((len(text), videos, dim), psi.dropout.p, x)
+        return psi.norm3(_Pooled.apply(w, torch.cat([o, p * scale], dim=-1), keep))
+    return psi.norm3((w @ (o + p)).transpose(0, 1).contiguous())
+
+
+def centred(x: Tensor, axis: int) -> Tensor:
+    """x without its mean along an axis."""
+    return x - x.mean(dim=axis, keepdim=True)
+
+
+def dropout_mask(shape: tuple[int, ...], p: float, like: Tensor) -> tuple[Tensor, float]:
+    """1 where a number is kept, else 0, and the factor 1 / (1 - p) for what is kept.
+
+    p is rounded to a multiple of 2^-16: each number takes 16 bits of torch's generator."""
+    dropped, count = max(1, round(p * 2**16)), math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    numbers = bits.view(torch.int16)[:count].view(shape)  # even from -2^15 to 2^15 - 1
+    keep = torch.empty(shape, dtype=like.dtype, device=like.device)
+    torch.ge(numbers, dropped - 2**15, out=keep)
+    return keep, 2**16 / (2**16 - dropped)
+
+
+class _Pooled(torch.autograd.Function):
+    """w o + keep (w p), (texts, videos, dim); w (videos, texts, k), o and p in one (videos, k, 2 dim)."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, both: Tensor, keep: Tensor) -> Tensor:
+        ctx.save_for_backward(w, both, keep)
+        o, p = torch.bmm(w, both).transpose(0, 1).chunk(2, dim=-1)
+        return torch.addcmul(o, p, keep, out=torch.empty_like(keep))
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        w, both, keep = ctx.saved_tensors
+        gradients = g.new_empty(*w.shape[:2], both.shape[-1])
+        o, p = gradients.transpose(0, 1).chunk(2, dim=-1)
+        o.copy_(g)
+        torch.mul(g, keep, out=p)
+        return torch.bmm(gradients, both.mT), torch.bmm(w.mT, gradients), None
+
+
+# --------------------------------------------------------------------- scores of matched R, and --pairs delta
+
+
+class _Cosines(torch.autograd.Function):
+    """cos(t, v), (texts, videos), for unit t (texts, dim) and v (texts, videos, dim)."""
+
+    @staticmethod
+    def forward(ctx, t: Tensor, v: Tensor) -> Tensor:
+        length = v.norm(dim=-1).clamp_min(1e-12)
+        cosines = (v * t[:, None]).sum(dim=-1) / length
+        ctx.save_for_backward(t, v, cosines, length)
+        return cosines
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        t, v, cosines, length = ctx.saved_tensors
+        g = g / length
+        along = (-g * cosines / length)[..., None]
+        return torch.bmm(g[:, None], v).squeeze(1), (g[..., None] * t[:, None]).addcmul_(v, along)
+
+
+def joint_delta(
+    radius: JointRadius, text: Text, frames: Frames, video: Pairs, M: int, std: float
+) -> Float[Tensor, "texts videos"]:
+    """engine.scoring.Delta of all pairs, with R of t and v."""
+    dim = text.shape[1]
+    length = video.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    of_text = radius.text(F.normalize(text, dim=-1) * dim**0.5)[:, None]  # W_t t'
+    hidden = F.gelu(torch.addcmul(of_text, F.linear(video, radius.video.weight), dim**0.5 / length))
+    linear = radius.linear(cosine_similarities(text, frames))  # S W + b
+    e = torch.addmm(linear.flatten(0, 1), hidden.flatten(0, 1), radius.out.weight.T).view_as(video)
+    x, r, A, B, C = _Sums.apply(e, text[:, None], video)
+    s2 = std**2
+    n = (text.square().sum(dim=-1, keepdim=True) + s2 * r).clamp_min(1e-24)
+    mean = (x - s2 * B / n + 1.5 * s2 * (x / n) * (C / n)) / n.sqrt()
+    variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
+    return (mean + best_of(M) * variance.clamp_min(1e-20).sqrt()) / length.squeeze(-1)
+
+
+class _Sums(torch.autograd.Function):
+    """Sums over channels of t v, R^2, R^2 v^2, R^2 v t and R^2 t^2, with R = exp(e).
+
+    e and v are (texts, videos, dim), t is (texts, 1, dim). Written by hand to pass over memory less often."""
+
+    @staticmethod
+    def forward(ctx, e: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q = (2 * e).exp_()
+        ctx.save_for_backward(q, t, v)
+        part = torch.mul(q, v)
+        B, A = (part * t).sum(dim=-1), part.mul_(v).sum(dim=-1)
+        C = torch.mul(q, t.square(), out=part).sum(dim=-1)
+        x = torch.mul(v, t, out=part).sum(dim=-1)
+        return x, q.sum(dim=-1), A, B, C
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        q, t, v = ctx.saved_tensors
+        gx, gr, gA, gB, gC = (g[..., None] for g in gradients)
+        gt = None
+        if ctx.needs_input_grad[1]:
+            gt = ((gB * q + gx) * v + 2 * gC * q * t).sum(dim=1, keepdim=True)
+        part = torch.addcmul(gB * t, gA, v)
+        ge = torch.mul(part, v).addcmul_(gC, t.square()).add_(gr).mul_(q).mul_(2)
+        gv = part.addcmul_(gA, v).mul_(q).addcmul_(gx, t)
+        return ge, gt, gv
