@@ -32,6 +32,7 @@ from engine.files import stem as stem
 from engine.frames import CHOICES, FrameCache, count_packets, decode_frames, in_parallel
 from engine.frames import resize as resize
 from engine.frames import segment_midpoints as segment_midpoints
+from engine.parts import own_part
 from engine.uneven import deal_batches
 
 # ---- CLIP's preprocessing; engine.frames.resize comes first
@@ -225,11 +226,9 @@ def check(
     first = next((problem for problem in problems if problem), None)
     empty = next((split for split in ("train", "val") if not usable[split]), None)
     print(f"\nfirst problem: {first}" if first else "")
-    if empty:
-        print(f"training cannot start: no clip of split {empty} can be read.")
-    else:
-        skips = ": it skips and lists such clips; evaluate.py needs --allow-missing" if first else ""
-        print(f"training can start{skips}.")
+    cannot = f"training cannot start: no clip of split {empty} can be read."
+    skips = ": it skips and lists such clips; evaluate.py needs --allow-missing" if first else ""
+    print(cannot if empty else f"training can start{skips}.")
     return 1 if empty else 0
 
 
@@ -261,6 +260,7 @@ def cache(
     arch: str = "ViT-B/32",
     weights: Path | None = None,
     device: str = "auto",
+    part: str | None = None,
     limits: Limits = LIMITS,
 ) -> int:
     """Decodes every clip once into DATA/cache; continues after a stop. Exit code 1: some clips failed.
@@ -277,14 +277,15 @@ def cache(
         arch: the CLIP that computes them: ViT-B/32, ViT-B/16, tiny, or a file of weights
         weights: file of CLIP weights, for machines without network
         device: auto, cpu, cuda: where features are computed
+        part: 3/16: only the third of 16 parts; default: as Slurm or torchrun say, else all
     """
     set_limits(limits.max_pixels, limits.time_limit)
     if features:
         flags = dict(dataset=dataset, data=data, annotations=annotations, videos=videos, arch=arch)
-        flags |= dict(num_frames=num_frames, sampling=sampling, weights=weights, device=device)
+        flags |= dict(num_frames=num_frames, sampling=sampling, weights=weights, device=device, part=part)
         return _cache_features(flags)
     size = size or (64 if dataset == "shapes" else 224)
-    clips = read_clips(dataset, data, annotations, videos)
+    clips = own_part(read_clips(dataset, data, annotations, videos), part)
     frames = FrameCache(cache_folder(dataset, data, videos), num_frames, size, CHOICES[sampling])
     return report(frames, clips, frames.fill(clips))
 
@@ -314,8 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A mistake in the input ends it with one sentence and exit code 1."""
     import tyro
 
-    commands = {"check": check, "cache": cache}
-    for command in commands.values():
+    for command in (commands := {"check": check, "cache": cache}).values():
         command.__doc__ = command.__doc__.replace("DATASETS", ", ".join(DATASETS))
     try:
         cli = functools.partial(tyro.extras.subcommand_cli_from_dict, config=(tyro.conf.OmitArgPrefixes,))

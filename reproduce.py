@@ -10,7 +10,9 @@ the same command continues, also with more tables or seeds. Several processes ca
 one per GPU; each takes cells that no other works on. A row is compared with its baseline seed by seed.
 """
 
+import engine  # isort: skip  # noqa: F401  # before torch: it sets how OpenMP waits
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -31,7 +33,24 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import shapes
 import train
+from engine.analysis import (
+    EDGES,
+    PAIRS,
+    clips_of,
+    complexity,
+    further_analysis,
+    lines_by_scenes,
+    markdown_table,
+    noise_ratio,
+    numbers_of_each,
+    query_results,
+    spread,
+    uncertainty,
+    with_intervals,
+    written,
+)
 from engine.checkpoint import OTHER_TINY, other_tiny_clip, save_checkpoint, to_record
 from engine.config import (
     METHODS,
@@ -40,15 +59,29 @@ from engine.config import (
     EvaluationConfig,
     changes,
     preset,
+    prior_of,
 )
 from engine.datasets import of_split, read_clips
 from engine.distributed import choose_device
 from engine.experiment import read_log
+from engine.features import feature_cache
 from engine.files import DataError, ModelError, write_atomic, writing
 from engine.intervals import over_seeds, over_seeds_and_clips
 from engine.metrics import first_hits
-from engine.paper_tables import DIGITS, HONEST, LEAKS, PAIRS, RELEVANCE, SCORES, TABLES, Row, Table
-from engine.plots import plot_curves, plot_histograms, plot_rows
+from engine.paper_tables import (
+    DIGITS,
+    END,
+    HONEST,
+    LEAKS,
+    QUERIES,
+    RELEVANCE,
+    SCORES,
+    START,
+    TABLES,
+    Row,
+    Table,
+)
+from engine.plots import plot_curves, plot_histograms, plot_rows, plot_uncertainty
 from engine.weights import load_file
 from evaluate import Opened, measure, open_run, score_all
 
@@ -68,7 +101,8 @@ class ReproduceConfig:
     videos: Path | None = None  # as in train.py
     data: Path = Path("data")  # as in train.py
     freeze: Literal["none", "vision", "clip"] | None = None  # default: clip on shapes, else the preset's
-    split: Literal["test", "val"] = "test"  # make choices on val, report test
+    split: Literal["test", "val", "second"] = "test"
+    """make choices on val, report test; second: another test set of built-in clips, which confirms claims"""
     epochs: int | None = None  # passes over the captions; default: the preset's
     batch: int | None = None  # text-video pairs per step; default: the preset's
     max_steps: int | None = None  # stop each run after this many steps
@@ -80,8 +114,10 @@ class ReproduceConfig:
 
 ADVICE = "free some space, or name another --out; finished cells are kept."
 SCORED = "scores-3"  # folder of a cell's results; another number when metrics change: all is scored anew
+RATIO = START.replace("\\", "")  # as the figure shows it
+SETS = {"second": "shapes-second", "scenes": "shapes-scenes"}  # splits that are data sets of their own
 # On the built-in clips psi and R train alone, on fixed features. Rates: tuned for X-Pool on validation.
-HEADS = dict(freeze="clip", batch=32, epochs=6, clip_lr=3e-4, head_lr=5e-4)
+HEADS = dict(freeze="clip", batch=32, epochs=3, clip_lr=3e-4, head_lr=5e-4)
 
 
 def cell_config(config: ReproduceConfig, flags: dict, seed: int) -> Config:
@@ -97,7 +133,7 @@ def cell_config(config: ReproduceConfig, flags: dict, seed: int) -> Config:
     given = {name: value for name, value in given.items() if value is not None}
     best = RECIPES[recipe] if method == "tmass" else {}
     base = replace(preset(config.dataset, "xpool"), **{**named, **heads, **given, **best})
-    augment = base.augment and base.freeze == "none"
+    augment = base.augment and flags.get("freeze", base.freeze) == "none"
     return replace(base, augment=augment, out=cell_folder(config, flags, seed), **flags)
 
 
@@ -115,7 +151,7 @@ def cell_folder(config: ReproduceConfig, flags: dict, seed: int) -> Path:
     default = vars(Config()) if flags.get("recipe", "paper") == "paper" else {}
     named = [name for name in flags if name != "method" and flags[name] != default.get(name)]
     parts = [f"{name}={flags[name]}" for name in named]
-    parts += [f"freeze={config.freeze}"] if config.freeze else []
+    parts += [f"freeze={config.freeze}"] if config.freeze and "freeze" not in flags else []
     return root(config) / "-".join([flags["method"], *parts]) / f"seed{seed}"
 
 
@@ -129,8 +165,9 @@ class Jobs:
     config: ReproduceConfig
     tables: dict[str, Table]
     cells: dict[Path, Config] = field(default_factory=dict)
-    scores: dict[Path, set[str]] = field(default_factory=dict)
+    scores: dict[Path, set[tuple[str, str]]] = field(default_factory=dict)  # splits and keys of SCORES
     failed: dict[Path, str] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)  # the tables
 
     def __post_init__(self):
         for seed in range(self.config.seeds):  # seed by seed, so that rows can be compared early
@@ -138,13 +175,17 @@ class Jobs:
                 for row in table.rows:
                     cell = cell_config(self.config, row.flags, seed)
                     self.cells[cell.out] = cell
-                    keys = {row.score, one_caption(row.score), "LEAKS"} if table.leaks else {row.score}
-                    self.scores.setdefault(cell.out, set()).update(keys)
+                    keys = {one_caption(row.score), "LEAKS"} if table.leaks else set()
+                    keys |= {table.key(row)}
+                    asked = {(self.config.split, key) for key in keys}
+                    if table.scenes and self.config.dataset == "shapes":
+                        asked |= {("scenes", table.key(row))}
+                    self.scores.setdefault(cell.out, set()).update(asked)
 
-    def missing(self, cell: Path) -> list[str]:
-        """Returns the ways to score a cell that have no result yet, in a fixed order."""
-        split = self.config.split
-        return sorted(key for key in self.scores[cell] if not score_file(cell, split, key).exists())
+    def missing(self, cell: Path) -> list[tuple[str, str]]:
+        """Returns the ways to score a cell that have no result yet; neighbours share their scores."""
+        todo = [way for way in self.scores[cell] if not score_file(cell, *way).exists()]
+        return sorted(todo, key=lambda way: (way[0], way[1].removeprefix(QUERIES), way[1]))
 
     def run(self) -> None:
         """Trains and scores what is missing, cell by cell. Reports a cell that fails; the others go on."""
@@ -190,23 +231,31 @@ class Jobs:
             _write(cell / "seconds.json", round(max(time.time() - started, training_seconds(cell)), 1))
         if sentence := stale(config):
             raise ModelError(sentence)
-        keys, started = self.missing(cell), time.time()
         names = ("data", "annotations", "videos", "batch", "device", "workers", "seed")
         asked = {name: getattr(config, name) for name in names}
-        asked |= dict(amp="off", split=self.config.split, allow_missing=self.config.allow_missing)
-        opened = open_run(EvaluationConfig(**asked), cell) if keys else None
-        for key in keys:
-            found = score(EvaluationConfig(**asked, **SCORES[key]), opened)
-            found["seconds"] = round(time.time() - started, 1)
-            _write(score_file(cell, self.config.split, key), found)
-            started = time.time()
+        asked |= dict(amp="off", allow_missing=self.config.allow_missing)
+        for split, ways in itertools.groupby(self.missing(cell), key=lambda way: way[0]):
+            started, last = time.time(), (None, None)
+            where = dict(split="test", dataset=SETS[split]) if split in SETS else dict(split=split)
+            opened = open_run(EvaluationConfig(**asked, **where), cell)
+            if config.freeze != "none":  # the features are those of all cells
+                keep_features(opened)
+            for _, key in ways:
+                flags = SCORES[key.removeprefix(QUERIES)]
+                evaluation = EvaluationConfig(**asked, **where, **flags)
+                found, matrix = score(evaluation, opened, last[1] if flags == last[0] else None)
+                if key.startswith(QUERIES):
+                    found |= of_queries(evaluation, opened, matrix, config)
+                found |= dict(split=split, seconds=round(time.time() - started, 1))
+                _write(score_file(cell, split, key), found)
+                started, last = time.time(), (flags, matrix)
 
-    def read(self, row: Row, key: str | None = None) -> dict[int, dict]:
-        """Returns {seed: result} of a row, for the seeds that have one. key: another way to score it."""
+    def read(self, row: Row, key: str | None = None, split: str | None = None) -> dict[int, dict]:
+        """Returns {seed: result} of a row, for the seeds that have one. key, split: of the result."""
         found = {}
         for seed in range(self.config.seeds):
             cell = cell_folder(self.config, row.flags, seed)
-            file = score_file(cell, self.config.split, key or row.score)
+            file = score_file(cell, split or self.config.split, key or row.score)
             if cell not in self.failed and file.exists():
                 found[seed] = json.loads(file.read_text())
         return found
@@ -219,7 +268,7 @@ class Jobs:
 
 def one_caption(score: str) -> str:
     """Returns the key of SCORES that scores in the same way, with one caption a clip."""
-    return {"expected": "first, expected", "M=0": "first, M=0"}.get(score, "first")
+    return {"delta": "first, delta", "M=0": "first, M=0"}.get(score, "first")
 
 
 def score_file(cell: Path, split: str, key: str) -> Path:
@@ -273,15 +322,26 @@ def claim(cell: Path, wait: bool) -> Iterator[bool]:
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
-def score(config: EvaluationConfig, opened: Opened) -> dict:
-    """Returns the metrics of one way to score; with one caption a clip also those of the further analysis."""
+def keep_features(opened: Opened) -> None:
+    """Writes the features of frames that are not in the cache yet; phi_v must be as pretrained."""
+    store = feature_cache(opened.cache, opened.model)
+    for clip, frames in zip(opened.clips, opened.features.frames):
+        if not store.path(clip).exists():
+            store.save(clip, frames)
+
+
+def score(
+    config: EvaluationConfig, opened: Opened, matrix: Float[Tensor, "texts videos"] | None = None
+) -> tuple[dict, Float[Tensor, "texts videos"]]:
+    """Returns the metrics of one way to score, with one caption a clip also those of the further analysis,
+    and the scores. matrix: the scores, where they are known."""
     if config.captions == "first":  # of the texts of a video, which are neighbours
         owner = opened.features.owner
         first = torch.cat([owner.new_ones(1, dtype=torch.bool), owner.diff() > 0])
         features = replace(opened.features, text=opened.features.text[first], owner=owner[first])
         relevant = None if opened.relevant is None else opened.relevant[first.cpu()]
         opened = replace(opened, features=features, relevant=relevant)
-    matrix = score_all(config, opened)
+    matrix = score_all(config, opened) if matrix is None else matrix
     found = dict(metrics=measure(config, opened, matrix), split=config.split, machine=machine(config.device))
     found |= dict(texts=matrix.shape[0], videos=matrix.shape[1], listed=opened.listed)
     hits = first_hits(matrix, opened.features.owner)
@@ -289,31 +349,22 @@ def score(config: EvaluationConfig, opened: Opened) -> dict:
     found["owner"] = " ".join(map(str, opened.features.owner.tolist()))
     if config.captions == "first" and config.protocol == "paper":
         found["panels"] = further_analysis(matrix, opened.model.logit_scale.exp().item(), config.batch)
+    return found, matrix
+
+
+def of_queries(config: EvaluationConfig, opened: Opened, matrix: Tensor, trained: Config) -> dict:
+    """Returns the numbers of each query (query_results), those of the mass before and after training, and the
+    number of scenes of each clip, where it differs."""
+    model, features, prior = opened.model, opened.features, prior_of(config, opened.trained, opened.dataset)
+    sizes = features.text, features.frames, features.owner
+    found = {"queries": written(query_results(model, *sizes, matrix, opened.relevant, **prior))}
+    if model.radius is not None:
+        models = {START: train.build(trained).to(matrix.device).eval(), END: model}
+        found["numbers"] = {name: noise_ratio(each, *sizes, **prior) for name, each in models.items()}
+    if kinds := shapes.TEST_SETS.get(opened.dataset, {}).get("scenes"):
+        numbers = [int(clip.path.stem.removeprefix("clip")) for clip in opened.clips]
+        found["scenes"] = " ".join(str(kinds[number % len(kinds)]) for number in numbers)
     return found
-
-
-# Bin edges of the histograms; the outer bins also count the values beyond them.
-EDGES = dict(zip(PAIRS, (np.linspace(-0.5, 1, 76), np.linspace(-0.5, 1, 76), np.linspace(0, 15, 76))))
-
-
-def further_analysis(scores: Float[Tensor, "n n"], scale: float, batch: int) -> dict:
-    """Returns the quantities of the paper's two panels, each as mean and histogram in per cent.
-
-        cosine of irrelevant pairs   s_ij, i != j               text i belongs to video i
-        cosine of relevant pairs     s_ii
-        loss of relevant pairs       - (log softmax_j(scale s_ij)[i] + log softmax_j(scale s_ji)[i]) / 2
-
-    The softmax runs over batches of neighbours, as in training."""
-    n, size = len(scores), min(batch, len(scores))
-    irrelevant = scores[~torch.eye(n, dtype=torch.bool, device=scores.device)]
-    blocks = [scale * scores[k : k + size, k : k + size] for k in range(0, n - size + 1, size)]
-    losses = torch.cat([-(b.log_softmax(1).diag() + b.log_softmax(0).diag()) / 2 for b in blocks])
-    panels = {}
-    for name, values in zip(PAIRS, (irrelevant, scores.diag(), losses)):
-        edges = EDGES[name]
-        counts, _ = np.histogram(values.double().clamp(edges[0], edges[-1]).cpu().numpy(), edges)
-        panels[name] = {"mean": values.mean().item(), "share": (100 * counts / len(values)).tolist()}
-    return panels
 
 
 def machine(device: str) -> str:
@@ -331,35 +382,37 @@ def machine(device: str) -> str:
 def clip_interval(
     name: str, found: Mapping[int, dict], baseline: Mapping[int, dict]
 ) -> tuple[float, float] | None:
-    """Returns the 95 % interval over seeds and clips of the difference of two rows in "t2v R@1" or "v2t R@1".
+    """Returns the 95 % interval over seeds and clips of the difference of two rows in a metric.
 
-    found, baseline: the results of each seed. None for other metrics, without a common seed, or where the
-    rows have other queries."""
-    seeds, way = sorted(found.keys() & baseline.keys()), name.removesuffix(" R@1")
-    if not seeds or way not in ("t2v", "v2t") or found[seeds[0]]["owner"] != baseline[seeds[0]]["owner"]:
+    found, baseline: the results of each seed. None for metrics other than R@1 whose numbers of each query are
+    not known, without a common seed, or where the rows have other queries."""
+    seeds = sorted(found.keys() & baseline.keys())
+    if not seeds or found[seeds[0]]["owner"] != baseline[seeds[0]]["owner"]:
         return None
-    both = ([rows[seed]["first hits"][way].split() for seed in seeds] for rows in (found, baseline))
-    owner = np.array(found[seeds[0]]["owner"].split(), int)
-    clips = owner if way == "t2v" else np.unique(owner)
-    hits = (np.array(numbers, float) for numbers in both)
+    of_each = [numbers_of_each(rows[seed], name) for rows in (found, baseline) for seed in seeds]
+    if not all(of_each):
+        return None
+    hits, clips = np.array(of_each, float).reshape(2, len(seeds), -1), clips_of(found[seeds[0]], name)
     return over_seeds_and_clips(*hits, clips) if len(np.unique(clips)) > 1 else None
 
 
-def summary(jobs: Jobs, table: Table) -> dict[str, dict]:
+def summary(jobs: Jobs, table: Table, split: str | None = None) -> dict[str, dict]:
     """Returns of each row "values" {metric: {seed: value}}, "differences" {metric: over_seeds, and "clips":
-    clip_interval} and others."""
+    clip_interval} and others. split: another one than that of the command."""
     content: dict[str, dict] = {}
-    results = {row.name: jobs.read(row) for row in table.rows}
+    results = {row.name: jobs.read(row, table.key(row), split) for row in table.rows}
     for row in table.rows:
         values: dict[str, dict[int, float]] = {}
         for seed, result in results[row.name].items():
             for name, panel in result.get("panels", {}).items():
                 values.setdefault(name, {})[seed] = panel["mean"]
+            for name, value in result.get("numbers", {}).items():
+                values.setdefault(name, {})[seed] = value
             for way, metrics in result["metrics"].items():
                 for name, value in metrics.items():
                     values.setdefault(f"{way} {name}", {})[seed] = value
         for name, key in ((HONEST, one_caption(row.score)), (LEAKS, "LEAKS")) if table.leaks else ():
-            found = jobs.read(row, key)
+            found = jobs.read(row, key, split)
             values[name] = {seed: result["metrics"]["t2v"]["R@1"] for seed, result in found.items()}
         base = row.baseline or table.rows[0].name
         content[row.name] = {"values": values, "baseline": base if base != row.name else None, "x": row.x}
@@ -375,30 +428,11 @@ def summary(jobs: Jobs, table: Table) -> dict[str, dict]:
     return content
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Returns "mean ± std" over seeds."""
-    if not values:
-        return "not run"
-    std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{std}"
-
-
 def markdown(table: Table, content: dict[str, dict]) -> str:
     """Returns the table: mean ± std over seeds, differences to the baseline, number of seeds."""
-
-    def difference(row: dict, name: str) -> str:
-        found, d = row["differences"].get(name), DIGITS.get(name, 1)
-        if row["baseline"] is None or found is None:
-            return "-"
-        mean, half, clips = found["mean"], found["half"], found.get("clips")
-        over = "" if half is None else f" [{mean - half:+.{d}f}, {mean + half:+.{d}f}]"
-        return f"{mean:+.{d}f}{over}" + (
-            "" if clips is None else f" ([{clips[0]:+.{d}f}, {clips[1]:+.{d}f}])"
-        )
-
     known = {name for row in content.values() for name in row["values"]}
     columns = [*table.columns, *((HONEST, LEAKS) if table.leaks else ())]
-    columns += [name for name in RELEVANCE if name in known]
+    columns += [name for name in RELEVANCE if name in known and name not in columns]
     baselines = {row["baseline"] for row in content.values()} - {None}
     than = baselines.pop() if len(baselines) == 1 else "its baseline"
     over = "95 % interval over seeds (over seeds and clips)"
@@ -409,41 +443,77 @@ def markdown(table: Table, content: dict[str, dict]) -> str:
         values = [spread(seen[column], DIGITS.get(column, 1)) for column in columns]
         seeds = len(row["values"].get("t2v R@1", {}))
         lines.append([name, *values, *(difference(row, column) for column in table.compared), str(seeds)])
-    head, *rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, f"|---|{'---:|' * (len(lines[0]) - 1)}", *rows])
+    return markdown_table(lines)
+
+
+def difference(row: dict, name: str) -> str:
+    """Returns the difference of a row to its baseline."""
+    return with_intervals(row["differences"].get(name) if row["baseline"] else None, DIGITS.get(name, 1))
+
+
+def beside(table: Table, test: dict[str, dict], second: dict[str, dict]) -> str:
+    """Returns the table of the differences on both test sets."""
+    lines = [["difference", *(f"{name}: {on}" for name in table.compared for on in ("test", "second"))]]
+    for name, row in second.items():
+        both = [difference(each, column) for column in table.compared for each in (test[name], row)]
+        lines += [[name, *both]] if row["baseline"] else []
+    return markdown_table(lines)
 
 
 def write(jobs: Jobs, name: str, command: str) -> Path:
-    """Writes NAME.md, NAME.json and reproduce_NAME.png of a table from finished cells. Returns NAME.md."""
+    """Writes NAME.md, NAME.json and reproduce_NAME.png of a table from finished cells. Returns NAME.md.
+
+    With another split than test, NAME is followed by it: NAME-second.md."""
     table, folder, config = jobs.tables[name], root(jobs.config), jobs.config
-    content = summary(jobs, table)
+    content, analysis, further = summary(jobs, table), *analyse(jobs, name)
+    file = name if config.split == "test" else f"{name}-{config.split}"
+    if config.split == "second":
+        further = beside(table, summary(jobs, table, "test"), content) + ("\n\n" + further if further else "")
     for row in table.rows if name == "curves" else ():
         content[row.name]["curves"] = curves_of(jobs, row)
-    results, cells = [found for row in table.rows for found in jobs.read(row).values()], jobs.cells_of(table)
+    results = [found for row in table.rows for found in jobs.read(row, table.key(row)).values()]
+    cells = jobs.cells_of(table)
     failed = {str(cell.relative_to(folder)): why for cell, why in jobs.failed.items() if cell in cells}
     machines = sorted({result["machine"] for result in results})
     sizes = sorted({(result["texts"], result["videos"], result["listed"]) for result in results})
     minutes = sum(map(seconds_of, cells)) / 60
     about = dict(title=table.title, note=table.note, command=command, seeds=config.seeds, split=config.split)
     about |= dict(minutes=round(minutes, 2), machine=machines, failed=failed, sizes=sizes)
-    _write(folder / f"{name}.json", {**about, "rows": content})
+    _write(
+        folder / f"{file}.json", {**about, "rows": content, **({"analysis": analysis} if analysis else {})}
+    )
     of = [f"{t} captions × {v} videos" + (f" of {listed}" if v < listed else "") for t, v, listed in sizes]
     freeze = cell_config(config, table.rows[0].flags, 0).freeze
     parts = [
         f"### {table.title[0].upper() + table.title[1:]}",
         table.note,
         markdown(table, content),
-        f"![{table.title}](reproduce_{name}.png)",
+        further,
+        f"![{table.title}](reproduce_{file}.png)",
         f"`{command}`: {config.dataset}, {config.split} split, {'; '.join(of)}, `--freeze {freeze}`, "
         f"{config.seeds} seeds, mean ± std over them; {minutes:.0f} minutes of training and scoring (cells "
         f"shared with other tables included) on {', '.join(machines)}.",
-        f"Not complete: {len(failed)} cells failed, listed in {name}.json." if failed else "",
+        f"Not complete: {len(failed)} cells failed, listed in {file}.json." if failed else "",
     ]
-    _write(folder / f"{name}.md", "\n\n".join(part for part in parts if part) + "\n")
+    _write(folder / f"{file}.md", "\n\n".join(part for part in parts if part) + "\n")
     if results:
-        with writing(folder / f"reproduce_{name}.png", DataError, ADVICE):
-            figure(jobs, name, content, folder / f"reproduce_{name}.png")
-    return folder / f"{name}.md"
+        picture = folder / f"reproduce_{file}.png"
+        with writing(picture, DataError, ADVICE):
+            figure(jobs, name, content, picture, analysis)
+    return folder / f"{file}.md"
+
+
+def analyse(jobs: Jobs, name: str) -> tuple[dict, str]:
+    """Returns what engine/analysis.py finds for a table: the content of its file, and markdown."""
+    table = jobs.tables[name]
+    results = {row.name: jobs.read(row, table.key(row)) for row in table.rows}
+    if name == "uncertainty":
+        return uncertainty(results)
+    if name != "complexity":
+        return {}, ""
+    more = {row.name: jobs.read(row, table.key(row), "scenes") for row in table.rows}
+    scenes = next((result["scenes"] for found in more.values() for result in found.values()), None)
+    return complexity(results, more, None if scenes is None else np.array(scenes.split(), int))
 
 
 def curves_of(jobs: Jobs, row: Row) -> dict[str, dict[int, list]]:
@@ -457,8 +527,8 @@ def curves_of(jobs: Jobs, row: Row) -> dict[str, dict[int, list]]:
     return {"training loss": losses, "validation R@1": recall}
 
 
-def figure(jobs: Jobs, name: str, content: dict[str, dict], path: Path) -> None:
-    """Draws a table: two panels of the further analysis, training curves, or recall of each row."""
+def figure(jobs: Jobs, name: str, content: dict[str, dict], path: Path, analysis: dict) -> None:
+    """Draws a table: its panels, training curves, or recall of each row. analysis: what `analyse` returns."""
     table = jobs.tables[name]
     if name == "analysis":
         panels: dict[str, dict] = {PAIRS[0]: {}, PAIRS[2]: {}}
@@ -469,12 +539,18 @@ def figure(jobs: Jobs, name: str, content: dict[str, dict], path: Path) -> None:
         plot_histograms(path, panels, EDGES)
     elif name == "curves":
         plot_curves(path, {row: found["curves"] for row, found in content.items()})
+    elif name == "uncertainty":
+        plot_uncertainty(path, analysis)
+    elif name == "complexity" and "scenes" in analysis:
+        plot_rows(path, *lines_by_scenes(analysis["scenes"]), "scenes")
     else:
-        metrics, rows = ("t2v R@1", "v2t R@1"), {}
-        for row, found in content.items():
-            rows[row] = {metric: [*found["values"].get(metric, {}).values()] for metric in metrics}
-        x = {row: found["x"] for row, found in content.items()} if table.axis else None
-        plot_rows(path, rows, metrics, x, table.axis)
+        metrics, measured, rows, x = ("t2v R@1", "v2t R@1"), name == "radius-scale", {}, {}
+        for row, found in content.items():  # a ratio that was measured stands in place of the flag
+            values, label = found["values"], row.replace(table.axis, RATIO) if measured else row
+            rows[label] = {metric: [*values.get(metric, {}).values()] for metric in metrics}
+            x[label] = statistics.mean(values[START].values()) if measured and values else found["x"]
+        axis = RATIO if measured else table.axis
+        plot_rows(path, rows, metrics, x if axis else None, axis, log=measured)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -485,11 +561,13 @@ def reproduce(config: ReproduceConfig, command: str = "python reproduce.py") -> 
     if config.seeds < 1:
         raise ModelError(f"--seeds {config.seeds}: give a number from 1 on; for an interval, from 2 on.")
     choose_device(config.device)
-    of_split(read_clips(config.dataset, config.data, config.annotations, config.videos), config.split)
+    if config.split == "second" and config.dataset != "shapes":
+        raise ModelError("--split second is a set of built-in clips: leave it out, or use --dataset shapes.")
+    split, dataset = ("test", SETS["second"]) if config.split == "second" else (config.split, config.dataset)
+    of_split(read_clips(dataset, config.data, config.annotations, config.videos), split)
     jobs = Jobs(config, {name: TABLES[name] for name in config.table})
     jobs.run()
-    for name in jobs.tables:
-        write(jobs, name, command)
+    jobs.written = [write(jobs, name, command) for name in jobs.tables]
     return jobs
 
 
@@ -506,7 +584,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here.")
         sys.exit(130)
-    print("\n".join((root(config) / f"{name}.md").read_text() for name in jobs.tables))
+    print("\n".join(path.read_text() for path in jobs.written))
     if jobs.failed:
         cell, sentence = next(iter(jobs.failed.items()))
         failed = f"{len(jobs.failed)} of {len(jobs.cells)} cells failed"

@@ -1,4 +1,4 @@
-"""The built-in data set: short clips of moving shapes (H.264), with captions that tell only part of them.
+"""The built-in data sets: short clips of moving shapes (H.264), with captions that tell only part of them.
 
 It needs no download and no licence, and it follows the paper's motivation: "text is short, video is rich". A
 clip shows three scenes one after the other, each a colour x shape x motion x place (8 x 8 x 4 x 6). A caption
@@ -33,6 +33,12 @@ from tqdm.auto import tqdm
 SIZE, FPS, FRAMES = 96, 8, 24  # pixels a side, frames a second, frames a clip (3 s)
 VARIANTS, PANORAMA = 8, 2 * SIZE  # backgrounds a place; their width in pixels
 SPLITS = {"train": 3000, "val": 500, "test": 500}
+SCENES = (3,)  # of a clip: clip n has SCENES[n % len(SCENES)]
+# More test sets: clips of other seeds; one has clips of one to five scenes, which tests complexity.
+TEST_SETS: dict[str, dict] = {
+    "shapes-second": dict(seed=1, splits={"test": 500}),
+    "shapes-scenes": dict(seed=2, splits={"test": 800}, scenes=(1, 2, 3, 4, 5)),
+}
 CAPTIONS = 5  # of a clip
 MARK = "shapes.txt"  # says what was rendered into the folder
 VERSION = 1  # of scenes and captions; another one gives other clips
@@ -106,20 +112,23 @@ class Caption:
 
 @dataclass(frozen=True)
 class ShapesClip:
-    """Three scenes in time order, the number of frames of each (their sum is FRAMES), and the captions."""
+    """Scenes in time order, the number of frames of each (their sum is FRAMES), and the captions."""
 
     scenes: tuple[Scene, ...]
     lengths: tuple[int, ...]
     captions: tuple[Caption, ...]
 
 
-def make_clip(seed: int, number: int) -> ShapesClip:
-    """Returns clip `number` of the data set with this seed. It depends on these two numbers alone."""
-    rng = np.random.default_rng([VERSION, seed, number])
-    scenes = tuple(random_scene(rng) for _ in range(3))
-    extra = np.bincount(rng.integers(3, size=3), minlength=3)  # each has 3 of 12 parts and some of 3 more
-    lengths = tuple(int(3 + parts) * FRAMES // 12 for parts in extra)
-    return ShapesClip(scenes, lengths, tuple(random_caption(scenes, rng) for _ in range(CAPTIONS)))
+def make_clip(seed: int, number: int, scenes: Sequence[int] = SCENES) -> ShapesClip:
+    """Returns clip `number` of the data set with this seed, of scenes[number % len(scenes)] scenes (1 to 6).
+
+    It depends on these arguments alone."""
+    rng, n = np.random.default_rng([VERSION, seed, number]), scenes[number % len(scenes)]
+    shown = tuple(random_scene(rng) for _ in range(n))
+    least = max(2, 12 // n - 1)  # of 12 parts of the clip; the other parts are given out at random
+    parts = least + np.bincount(rng.integers(n, size=12 - n * least), minlength=n)
+    lengths = tuple(int(part) * FRAMES // 12 for part in parts)
+    return ShapesClip(shown, lengths, tuple(random_caption(shown, rng) for _ in range(CAPTIONS)))
 
 
 def random_scene(rng: np.random.Generator, palette: Mapping[str, Iterable[str]] = ATTRIBUTES) -> Scene:
@@ -167,9 +176,11 @@ def fits(
 ) -> Bool[np.ndarray, "captions clips"]:
     """Whether each clip shows what each caption says: the scenes that it mentions, in this order.
 
-    captions: the mentions of each (`Caption.mentions`); clips: the scenes of each, equally many."""
-    values = {a: np.array([[getattr(scene, a) for scene in scenes] for scenes in clips]) for a in ATTRIBUTES}
-    pairs = list(itertools.combinations(range(len(clips[0])), 2))
+    captions: the mentions of each (`Caption.mentions`); clips: the scenes of each."""
+    most = max(map(len, clips))
+    scenes = [[*clip, *[None] * (most - len(clip))] for clip in clips]  # None has no attribute of a caption
+    values = {a: np.array([[getattr(s, a, "") for s in clip] for clip in scenes]) for a in ATTRIBUTES}
+    pairs = list(itertools.combinations(range(most), 2))
     found = np.empty((len(captions), len(clips)), bool)
     for row, mentions in zip(found, captions):
         # for each mention, the scenes that have all its values: (clips, scenes)
@@ -182,23 +193,31 @@ def fits(
 
 
 def relevance(
-    names: Sequence[str], captions: Sequence[Sequence[str]], seed: int = 0
+    names: Sequence[str],
+    captions: Sequence[Sequence[str]],
+    seed: int = 0,
+    scenes: Sequence[int] = SCENES,
 ) -> Bool[np.ndarray, "captions clips"] | None:
     """`fits` of the named clips ("clip00012.mp4") and the captions of each; None for other captions.
 
     So what is relevant is known here, as in no real data set: clips that nobody described may fit, too."""
-    clips = [make_clip(seed, int(Path(name).stem.removeprefix("clip"))) for name in names]
+    clips = [make_clip(seed, int(Path(name).stem.removeprefix("clip")), scenes) for name in names]
     known = [{caption.text: caption.mentions for caption in clip.captions} for clip in clips]
     mentions = [own.get(text) for own, texts in zip(known, captions, strict=True) for text in texts]
     return None if None in mentions else fits(mentions, [clip.scenes for clip in clips])
 
 
-def perfect_retriever(seed: int = 0, split: str = "test") -> dict[str, float]:
+def perfect_retriever(
+    seed: int = 0,
+    split: str = "test",
+    splits: Mapping[str, int] | None = None,
+    scenes: Sequence[int] = SCENES,
+) -> dict[str, float]:
     """Returns the text-to-video metrics of a retriever that understands every caption and clip of a split.
 
     A clip fits a caption when the mentioned scenes are found in it, in order. The n clips that fit one rank
     before all others, tied, as engine/metrics.py counts ties: R@K = min(1, K / n), rank (n + 1) / 2."""
-    clips = [make_clip(seed, number) for number in numbers(split)]
+    clips = [make_clip(seed, number, scenes) for number in numbers(split, splits)]
     captions = [caption.mentions for clip in clips for caption in clip.captions]
     n = fits(captions, [clip.scenes for clip in clips]).sum(axis=1)
     rank = (n + 1) / 2
@@ -206,10 +225,11 @@ def perfect_retriever(seed: int = 0, split: str = "test") -> dict[str, float]:
     return {**recall, "MdR": float(np.median(rank)), "MnR": float(rank.mean())}
 
 
-def numbers(split: str) -> range:
-    """The numbers of the clips of a split."""
-    ends = dict(zip(SPLITS, itertools.accumulate(SPLITS.values())))
-    return range(ends[split] - SPLITS[split], ends[split])
+def numbers(split: str, splits: Mapping[str, int] | None = None) -> range:
+    """The numbers of the clips of a split. splits: the clips of each; default: SPLITS."""
+    splits = splits or SPLITS
+    ends = dict(zip(splits, itertools.accumulate(splits.values())))
+    return range(ends[split] - splits[split], ends[split])
 
 
 # ------------------------------------------------------------------------------------ drawing the background
@@ -425,7 +445,7 @@ H264 = {
 Job = tuple[Path, int, range]  # the folder to write to, the seed, the numbers of the clips
 
 
-def _render_clips(job: Job) -> int:
+def _render_clips(job: Job, scenes: Sequence[int] = SCENES) -> int:
     """Writes the clips of a job; returns how many. One ffmpeg process encodes them and splits the files."""
     folder, seed, numbers = job
     ends = ",".join(str(FRAMES * k) for k in range(1, len(numbers)))
@@ -437,7 +457,7 @@ def _render_clips(job: Job) -> int:
         .run_async(cmd=imageio_ffmpeg.get_ffmpeg_exe(), pipe_stdin=True)
     )
     for number in numbers:
-        for image in draw_clip(make_clip(seed, number)):
+        for image in draw_clip(make_clip(seed, number, scenes)):
             process.stdin.write(image.tobytes())
     process.stdin.close()
     if process.wait() != 0:
@@ -481,14 +501,22 @@ def _write_csv(path: Path, files: Iterable[tuple[str, str, tuple[Caption, ...]]]
             writer.writerows([name, caption.text, split] for caption in captions)
 
 
-def render(folder: Path | str, seed: int = 0) -> Path:
+def render(
+    folder: Path | str,
+    seed: int = 0,
+    splits: Mapping[str, int] | None = None,
+    scenes: Sequence[int] = SCENES,
+) -> Path:
     """Renders the data set into `folder`: clips.csv and clips/*.mp4. Returns it.
 
+    splits: the clips of each split; default: SPLITS. scenes: as in `make_clip`.
     Does nothing where the same version is there already. All files are written to a temporary folder that is
     renamed at the end, so `folder` is complete or absent. Raises FileExistsError if it holds other files."""
     folder = Path(folder)
     mark = folder / MARK
-    stamp = f"shapes, version {VERSION}, drawing {DRAWING}, seed {seed}, {SPLITS}\n"
+    splits = splits or SPLITS
+    stamp = f"shapes, version {VERSION}, drawing {DRAWING}, seed {seed}, {splits}"
+    stamp += f", scenes {scenes}\n" if scenes != SCENES else "\n"
     if mark.exists() and mark.read_text() == stamp:
         return folder
     if folder.exists() and not mark.exists() and any(folder.iterdir()):
@@ -497,13 +525,15 @@ def render(folder: Path | str, seed: int = 0) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     (work / "clips").mkdir(parents=True)
 
-    clips, spawn = sum(SPLITS.values()), multiprocessing.get_context("spawn")
+    clips, spawn = sum(splits.values()), multiprocessing.get_context("spawn")
     bar = tqdm(total=clips, desc="rendering the built-in clips", unit=" clips")
     with spawn.Pool(os.cpu_count()) as pool, bar:
-        for done in pool.imap_unordered(_render_clips, _jobs(work / "clips", seed, clips, 50)):
+        make = functools.partial(_render_clips, scenes=scenes)
+        for done in pool.imap_unordered(make, _jobs(work / "clips", seed, clips, 50)):
             bar.update(done)
-    files = [(f"clip{n:05d}.mp4", split, n) for split in SPLITS for n in numbers(split)]
-    _write_csv(work / "clips.csv", ((name, split, make_clip(seed, n).captions) for name, split, n in files))
+    files = [(f"clip{n:05d}.mp4", split, n) for split in splits for n in numbers(split, splits)]
+    captions = (make_clip(seed, n, scenes).captions for *_, n in files)
+    _write_csv(work / "clips.csv", ((*file[:2], said) for file, said in zip(files, captions)))
     (work / mark.name).write_text(stamp)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)

@@ -197,20 +197,27 @@ def _validation(train: Sequence[str]) -> set[str]:
 # ---- built in, and your own data
 
 
-def shapes_relevance(clips: Sequence[Clip]) -> Bool[np.ndarray, "texts videos"] | None:
-    """Which built-in clips show what which caption says; None if captions are not the built-in ones."""
-    return shapes.relevance([clip.id for clip in clips], [clip.captions for clip in clips])
+def register_shapes(name: str, seed: int = 0, scenes: Sequence[int] = shapes.SCENES, **options) -> None:
+    """Adds a data set of built-in clips to DATASETS; `options` are those of shapes.render."""
+
+    def relevance(clips: Sequence[Clip]) -> Bool[np.ndarray, "texts videos"] | None:
+        """Which clips show what which caption says; None if captions are not the built-in ones."""
+        return shapes.relevance([clip.id for clip in clips], [clip.captions for clip in clips], seed, scenes)
+
+    @register(name, relevance=relevance)
+    def read_shapes(data: Path, *_: Path | None) -> list[Clip]:
+        """The clips, rendered into DATA/NAME if they are not there (shapes.py). Raises DataError."""
+        folder = data / name
+        try:
+            shapes.render(folder, seed, scenes=scenes, **options)
+        except (OSError, RuntimeError) as error:
+            raise DataError(str(error)) from None
+        return read_csv(folder / "clips.csv", folder / "clips")
 
 
-@register("shapes", relevance=shapes_relevance)
-def read_shapes(data: Path, *_: Path | None) -> list[Clip]:
-    """The built-in clips, rendered into DATA/shapes if they are not there (shapes.py). Raises DataError."""
-    folder = data / "shapes"
-    try:
-        shapes.render(folder)
-    except (OSError, RuntimeError) as error:
-        raise DataError(str(error)) from None
-    return read_csv(folder / "clips.csv", folder / "clips")
+register_shapes("shapes")
+for _name, _made in shapes.TEST_SETS.items():
+    register_shapes(_name, **_made)
 
 
 @register("csv")

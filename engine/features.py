@@ -23,6 +23,7 @@ from engine.backbone import autocast, fingerprint, load_clip, resolve_amp
 from engine.datasets import Clip, cache_folder, read_clips
 from engine.distributed import choose_device
 from engine.frames import CHOICES, FrameCache, file_name, is_current, save
+from engine.parts import own_part
 from model import TMASS
 
 
@@ -155,10 +156,11 @@ def cache(
     arch: str = "ViT-B/32",
     weights: Path | None = None,
     device: str = "auto",
+    part: str | None = None,
 ) -> int:
     """`data.py cache --features`: frames of every clip and their features. Exit code 1: some clips failed."""
     model = TMASS(load_clip(arch, weights), "mean", "none", num_frames).to(choose_device(device))
-    clips = read_clips(dataset, data, annotations, videos)
+    clips = own_part(read_clips(dataset, data, annotations, videos), part)
     folder = cache_folder(dataset, data, videos)
     frames = FrameCache(folder, num_frames, model.resolution, CHOICES[sampling])
     failures = frames.fill(clips)

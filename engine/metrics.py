@@ -31,12 +31,12 @@ def retrieval_metrics(
 
 
 def first_hits(
-    scores: Float[Tensor, "texts videos"], owner: Int[Tensor, " texts"]
+    scores: Float[Tensor, "texts videos"], owner: Int[Tensor, " texts"], k: int = 1
 ) -> dict[str, Float[Tensor, " queries"]]:
-    """{"t2v": ..., "v2t": ...}: the R@1 of each query of retrieval_metrics, in percent: 0, 100, or, where
-    its own item shares the first place, its expectation. "v2t": the videos with a caption, in order."""
+    """{"t2v": ..., "v2t": ...}: the R@k of each query of retrieval_metrics, in percent: 0, 100, or, where
+    its own item shares the k-th place, its expectation. "v2t": the videos with a caption, in order."""
     places = _both_ways(scores, owner).items()
-    return {way: ((1 - above) / level).clamp(0, 1) * 100 for way, (above, level) in places}
+    return {way: ((k - above) / level).clamp(0, 1) * 100 for way, (above, level) in places}
 
 
 def relevance_metrics(
@@ -50,7 +50,16 @@ def relevance_metrics(
 
     R-Precision and mAP@R as in ECCV Caption (Chun et al., 2022, after Musgrave et al., 2020). Tied scores
     count with their expectation under a random order. Texts without a relevant video are left out."""
-    scores, relevant = scores[relevant.any(dim=1)], relevant[relevant.any(dim=1)].to(scores.device)
+    known = relevant.any(dim=1)
+    found = relevance_of_each(scores[known.to(scores.device)], relevant[known])
+    return {name: x.mean().item() for name, x in found.items()}
+
+
+def relevance_of_each(
+    scores: Float[Tensor, "texts videos"], relevant: Bool[Tensor, "texts videos"]
+) -> dict[str, Float[Tensor, " texts"]]:
+    """The numbers of relevance_metrics of each text; every text must have a relevant video."""
+    relevant = relevant.to(scores.device)
     values, order = scores.sort(dim=1, descending=True)
     hits = relevant.gather(1, order).double()
     place = torch.arange(1.0, scores.shape[1] + 1, dtype=torch.double, device=scores.device)
@@ -67,7 +76,7 @@ def relevance_metrics(
     n = hits.sum(dim=1, keepdim=True)
     first = place <= n
     means = {"fits@1": share[:, :1], "R-Precision": (share * first) / n, "mAP@R": (precision * first) / n}
-    return {name: x.sum(dim=1).mean().item() * 100 for name, x in means.items()}
+    return {name: x.sum(dim=1) * 100 for name, x in means.items()}
 
 
 def text_to_video_ranks(

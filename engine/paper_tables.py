@@ -5,6 +5,7 @@ To add one, add a Table to TABLES; `python reproduce.py --table NAME` then train
 
 from dataclasses import dataclass
 
+from engine.analysis import PAIRS
 from engine.config import RECIPES
 from model import RADII
 
@@ -17,11 +18,15 @@ LAYER = {"method": "tmass", "radius": "none", "radius_lr": RECIPES["best"]["radi
 # Ways to score a trained model, as flags of evaluate.py. Without a mass, t itself is scored in all of them.
 SCORES: dict[str, dict] = {
     **{f"M={M}": dict(M=M) for M in (0, 1, 5, 10, 20, 30, 50)},
-    "expected": dict(score="expected"), "expected, M=1": dict(score="expected", M=1),
-    "first": dict(captions="first"), "first, expected": dict(captions="first", score="expected"),
+    "expected": dict(score="expected"), "delta": dict(score="delta"),
+    "expected, M=1": dict(score="expected", M=1), "delta, M=1": dict(score="delta", M=1),
+    "first": dict(captions="first"), "first, delta": dict(captions="first", score="delta"),
     "first, M=0": dict(captions="first", M=0), "LEAKS": dict(captions="first", protocol="released"),
     "first, one draw": dict(captions="first", M=1, noise="independent"),
 }  # fmt: skip
+
+
+QUERIES = "queries, "  # before a key of SCORES: the same, with numbers of each query (engine/analysis.py)
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,9 @@ class Row:
 
 
 RANKS = tuple(f"{way} {metric}" for way in ("t2v", "v2t") for metric in ("R@1", "R@5", "R@10", "MdR", "MnR"))
+START, END = "\\|R eps\\| / \\|t\\| at the start", "at the end"  # of training
 RELEVANCE = ("t2v fits@1", "t2v R-Precision", "t2v mAP@R")  # shown where it is known what is relevant
-PAIRS = ("cosine of irrelevant pairs", "cosine of relevant pairs", "loss of relevant pairs")
-DIGITS = dict.fromkeys(PAIRS, 3)  # decimals of a number in a table; others have one
+DIGITS = {**dict.fromkeys(PAIRS, 3), **dict.fromkeys((START, END), 2)}  # decimals in a table; others: one
 HONEST, LEAKS = "one caption a clip: t2v R@1", "one caption a clip, released protocol, LEAKS: t2v R@1"
 
 
@@ -53,14 +58,26 @@ class Table:
     columns: tuple[str, ...] = RANKS
     compared: tuple[str, ...] = ("t2v R@1", "v2t R@1")
     note: str = ""  # how the experiment of the paper is read
+    queries: bool = False  # numbers of each query are kept too
+    scenes: bool = False  # the rows are also scored on clips of other numbers of scenes
 
+    def key(self, row: Row) -> str:
+        """The name of a row's results: its key of SCORES, or QUERIES and it."""
+        return QUERIES + row.score if self.queries else row.score
+
+
+TUNED = {"freeze": "vision", "epochs": 2, "clip_lr": 1e-4}  # phi_t learns too
+MAIN = (
+    Row("X-Pool", XPOOL), Row("T-MASS, paper", PAPER), Row("best recipe", BEST),
+    Row("best recipe, delta form", BEST, "delta"),
+)  # fmt: skip
 
 FORMS = {"fixed": "exp(mean S)", "scalar": "exp(theta mean S)", "linear": "exp(S W + b)"}  # b: the release's
 
 TABLES: dict[str, Table] = {
     "recipes": Table("X-Pool, the paper's recipe, the best recipe", (
         Row("X-Pool", XPOOL), Row("T-MASS, paper", PAPER),
-        Row("T-MASS, paper, expected best", PAPER, "expected"), Row("T-MASS, best recipe", BEST, "expected"),
+        Row("T-MASS, paper, t alone", PAPER, "M=0"), Row("T-MASS, best recipe, delta form", BEST, "delta"),
         Row("T-MASS, best recipe, 20 draws", BEST), Row("T-MASS, best recipe, t alone", BEST, "M=0"),
     ), leaks=True, note="The released protocol needs one caption a clip, and pools each video by its own."),
     "methods": Table("mean pooling, X-Pool and T-MASS, text-to-video and video-to-text", (
@@ -75,10 +92,10 @@ TABLES: dict[str, Table] = {
         Row("t_s, L_s", {**PAPER, "alpha": 0.0}), Row("t_s, L_s + alpha L_sup", PAPER),
     ), note="t alone is X-Pool."),
     "parts": Table("parts of the best recipe", (
-        Row("X-Pool", XPOOL), Row("best recipe", BEST, "expected"),
-        Row("R = exp(S W + b), its rate 1e-2", {**BEST, "radius": "linear", "radius_lr": 1e-2}, "expected"),
-        Row("without L_ce", {**BEST, "ce": 0.0}, "expected"),
-        Row("M = 1: no choice among draws", {**BEST, "M": 1}, "expected, M=1"),
+        Row("X-Pool", XPOOL), Row("best recipe", BEST, "delta"),
+        Row("R = exp(S W + b), its rate 1e-2", {**BEST, "radius": "linear", "radius_lr": 1e-2}, "delta"),
+        Row("without L_ce", {**BEST, "ce": 0.0}, "delta"),
+        Row("M = 1: no choice among draws", {**BEST, "M": 1}, "delta, M=1"),
         Row("its R, with the paper's training", {**PAPER, "radius": "joint"}),
     ), note="The best recipe with one part left out or changed. The last row has the paper's losses, rates "
             "and 20 draws. With M = 1 the score is the mean over the mass: no draw is chosen. Checkpoints "
@@ -89,11 +106,12 @@ TABLES: dict[str, Table] = {
         Row("number added", {**LAYER, "fusion": "number"}),
         Row("number of the text alone", {**LAYER, "fusion": "text-number"}),
         Row("dispersion of the frames", {**LAYER, "fusion": "dispersion"}),
-        Row("best recipe without L_ce", {**BEST, "ce": 0.0}, "expected"),
-        Row("best recipe without L_ce, M = 1", {**BEST, "ce": 0.0, "M": 1}, "expected, M=1"),
-        Row("best recipe", BEST, "expected"), Row("T-MASS, paper", PAPER),
+        Row("best recipe, M = 1: mean of a draw", {**BEST, "M": 1}, "expected, M=1"),
+        Row("best recipe, 20 draws", BEST), Row("best recipe, expected best", BEST, "expected"),
+        Row("best recipe, by the delta form", BEST, "delta"), Row("best recipe, t alone", BEST, "M=0"),
+        Row("T-MASS, paper", PAPER), Row("T-MASS, paper, t alone", PAPER, "M=0"),
     ), note="A control (engine/controls.py) trains the layer by L_ce of its own score, at the rate of R. "
-            "Video moved is X-Pool with as many parameters. The best recipe without L_ce has one loss, too."),
+            "Video moved is X-Pool with as many parameters as the best recipe."),
     "M": Table("texts drawn for each pair at test time, the paper's recipe", tuple(
         Row(f"M = {M}", PAPER, f"M={M}", x=M) for M in (0, 1, 5, 10, 20, 30, 50)
     ), axis="M", note="One training a seed; M = 0 scores t itself."),
@@ -108,13 +126,48 @@ TABLES: dict[str, Table] = {
         Row("T-MASS, paper: t", PAPER, "first, M=0"),
         Row("T-MASS, paper: t_s, one draw", PAPER, "first, one draw"),
         Row("T-MASS, paper: t_s, best of 20", PAPER, "first"), Row("X-Pool: t", XPOOL, "first"),
-        Row("T-MASS, best recipe: t_s, expected best", BEST, "first, expected"),
+        Row("T-MASS, best recipe: t_s, delta form", BEST, "first, delta"),
     ), columns=(*PAIRS, "t2v R@1"), compared=(PAIRS[0], PAIRS[2]),
        note="One caption a clip. Irrelevant: a text and each video except its own, pooled by that text. Loss "
             "of a relevant pair: its term of L_ce in a batch of test pairs, - log softmax at the run's "
             "temperature, mean of both directions. One draw: each pair has its own."),
     "curves": Table("training curves", (
-        Row("X-Pool", XPOOL), Row("T-MASS, paper", PAPER), Row("T-MASS, best recipe", BEST, "expected"),
+        Row("X-Pool", XPOOL), Row("T-MASS, paper", PAPER), Row("T-MASS, best recipe", BEST, "delta"),
     ), columns=("t2v R@1", "v2t R@1"),
        note="Loss: L_ce of X-Pool, L_s of T-MASS. Recall by step is on validation, the table on test."),
+    "complexity": Table("recall by the complexity of the clip", MAIN, queries=True, scenes=True, columns=(
+        "t2v R@1", "t2v R@10", "v2t R@1", "v2t R@10",
+    ), note="Thirds of the test clips by the dispersion of their frames, 1 - |mean_i f_i / |f_i||; and 800 "
+            "more clips of one to five scenes (data set shapes-scenes), where all rows were trained on three "
+            "scenes. A query of t2v belongs to the group of its caption's clip. Captions of one-scene clips "
+            "tell of one scene only, so many clips fit them. A gain is the difference to "
+            "X-Pool, with its 95 % interval over seeds (over seeds and clips)."),
+    "uncertainty": Table("what R means: uncertainty of a query against R@1", MAIN,
+        queries=True, columns=("t2v R@1",), compared=("t2v R@1",),
+        note="Uncertainties of a caption, at its first answer: the noise |R eps|, alone and relative to |t|; "
+             "the spread of the answer's score over 200 draws; the entropy of the softmax of all scores at "
+             "the run's temperature. Baselines: minus the cosine of the first answer, minus its lead over "
+             "the second. S, R^2: of ten levels of uncertainty against R@1; -S R^2 is 1 at best. Rejection: "
+             "R@1 of the captions that are left without the most uncertain 0, 5 ... 95 %, and its mean. "
+             "Fitting clips: how many clips fit the caption; an unspecific caption fits many."),
+    "relevance": Table("known relevance: every clip that fits a caption counts", (
+        Row("X-Pool", XPOOL), Row("mean pooling", MEAN),
+        *(row for row in MAIN[1:]),
+        Row("video moved", {**LAYER, "fusion": "video-moved"}),
+        Row("text moved", {**LAYER, "fusion": "text-moved"}),
+        Row("number added", {**LAYER, "fusion": "number"}),
+    ), queries=True, columns=("t2v R@1",), compared=("t2v R@1", *RELEVANCE),
+       note="The rows of recipes and controls, by what is relevant and not by a caption's own clip alone."),
+    "fine-tuning": Table("the text encoder learns, too", tuple(
+        Row(row.name, {**row.flags, **TUNED}, row.score)
+        for row in (*MAIN, Row("best recipe, M = 1: mean of a draw", {**BEST, "M": 1}, "expected, M=1"))
+    ), note="--freeze vision: phi_t, psi and R learn on fixed features of the frames, with equal epochs and "
+            "rates, which are meant for the built-in clips."),
+    "radius-scale": Table("how large the noise is next to the text, the paper's recipe", tuple(
+        Row(f"{name}, initial R = {r:g}", {**PAPER, "initial_radius": r}, key,
+            baseline=f"t alone, initial R = {r:g}", x=r)
+        for name, key in (("20 draws", "M=20"), ("t alone", "M=0")) for r in (0.05, 0.15, 0.4, 1.0, 2.0, 5.0)
+    ), axis="initial R", queries=True, columns=(START, END, "t2v R@1", "t2v R@10", "t2v MnR", "v2t R@1"),
+       note="|R eps| / |t| is measured on the test captions and their own clips, before and after training "
+            "with the paper's rates. The baseline is the same run, scored by t alone."),
 }  # fmt: skip

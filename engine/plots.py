@@ -168,12 +168,13 @@ def plot_rows(
     metrics: Sequence[str],
     x: Mapping[str, Number] | None = None,
     axis: str | None = None,
+    log: bool = False,
 ) -> None:
     """Draws a table, one panel a metric: {row: {metric: values over seeds}}. Leaves out rows without values.
 
     Without `axis`: a dot for each seed and a bar at their mean, one row above the other.
-    axis    the name of the x axis; x: the place of each row on it. Draws mean and std over seeds, one
-            line for each text before "AXIS = " in the names of the rows."""
+    axis    the name of the x axis, log: logarithmic; x: the place of each row on it. Draws mean and std over
+            seeds, one line for each text before "AXIS = " in the names of the rows."""
     figure, panels = _panels(len(metrics))
     for number, (panel, metric) in enumerate(zip(panels, metrics)):
         found = {name: list(row[metric]) for name, row in rows.items() if row.get(metric)}
@@ -192,7 +193,10 @@ def plot_rows(
             mean = [statistics.mean(found[name]) for name in names]
             std = [statistics.stdev(found[name]) if len(found[name]) > 1 else 0 for name in names]
             panel.errorbar([x[name] for name in names], mean, std, fmt="o-", capsize=3, label=label)
-        panel.set(xlabel=axis, ylabel=metric)
+        panel.set(xlabel=axis, ylabel=metric, xscale="log" if log else "linear")
+        if log:  # 0.1, 1: matplotlib's own labels are formulas
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter("")
     _finish(figure, path)
 
 
@@ -206,6 +210,29 @@ def plot_histograms(
             axis.stairs(np.asarray(share, float), edges[name], label=row)
         axis.set(xlabel=name, ylabel="%")
     _finish(figure, path)
+
+
+def plot_uncertainty(path: Path, rows: Mapping[str, Mapping[str, Mapping[Hashable, dict]]]) -> None:
+    """Draws {row: {uncertainty: {seed: {"levels": R@1, "rejection": R@1}}}}, means over seeds, a column for
+    each row: above R@1 by level of uncertainty, below R@1 of the queries that are left."""
+    shown = {row: measures for row, measures in rows.items() if measures}
+    figure = new_figure(figsize=(4.5 * max(len(shown), 1), 6.8), layout="constrained")
+    axes = figure.subplots(2, max(len(shown), 1), squeeze=False, sharey="row")
+    for (above, below), (row, measures) in zip(axes.T, shown.items()):
+        for name, seeds in measures.items():
+            bins, curve = (
+                np.mean([x[key] for x in seeds.values()], axis=0) for key in ("levels", "rejection")
+            )
+            label = name.replace("\\", "")
+            if name not in ("best possible", "none"):
+                above.plot(np.arange(len(bins)) + 1, bins, "o-", ms=3, label=label)
+                below.plot(100 * np.arange(len(curve)) / len(curve), curve, label=label)
+            else:
+                below.plot(100 * np.arange(len(curve)) / len(curve), curve, ":", color="0.5")
+        above.set(title=row, xlabel="level of uncertainty", ylabel="t2v R@1")
+        below.set(xlabel="% of the captions left out", ylabel="t2v R@1 of the others")
+        above.legend(fontsize=7)
+    save(figure, path)
 
 
 def plot_curves(

@@ -1,6 +1,6 @@
 """The web page of search.py: its server (search.py serve), and the page as one file (search.py query --html).
 
-tornado is imported when the server starts.
+The page asks the server by a JSON API (docs/search.md). tornado is imported when the server starts.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,14 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from engine.files import DataError, ModelError, printable, write_atomic, writing
-from engine.library import Hit, Library, stamp
+from engine.cutting import cut, suffix_of
+from engine.files import DataError, ModelError, printable, stem, write_atomic, writing
+from engine.library import Library, span, stamp
+from engine.queries import Hit, Query, build_query
 
 LOCAL = r"(localhost|127\.0\.0\.1|\[::1\])"
 MOST = 100  # hits in one answer
+PICTURE = 20 * 2**20  # bytes of a picture, at most
 HEADERS = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -44,8 +48,9 @@ class Searcher(Protocol):
     library: Library
     name: str
 
-    def search(self, query: str, k: int) -> list[Hit]: ...
-    def notes(self, query: str) -> list[str]: ...
+    def search(self, query: str | Query, k: int) -> list[Hit]: ...
+    def notes(self, query: str | Query, hits: Sequence[Hit] = ()) -> list[str]: ...
+    def picture_of(self, content: bytes) -> Tensor: ...
     def rank(self, captions: Sequence[str], clip: Tensor) -> list[dict]: ...
 
 
@@ -57,20 +62,23 @@ def page(content: dict) -> str:
 
 def _shown(hit: Hit, video: str, strip: str) -> dict:
     """What page.html shows of a hit. video, strip: URLs."""
-    return {**asdict(hit), "file": printable(hit.file), "video": video, "strip": strip}
+    copies = [{**copy, "file": printable(copy["file"])} for copy in hit.copies]
+    return {**asdict(hit), "file": printable(hit.file), "copies": copies, "video": video, "strip": strip}
 
 
-def write_page(path: Path, searcher: Searcher, query: str, hits: Sequence[Hit]) -> None:
+def write_page(
+    path: Path, searcher: Searcher, query: str, hits: Sequence[Hit], notes: Sequence[str] = ()
+) -> None:
     """Writes the answer to a query as one HTML file: thumbnails inside, videos as links relative to the file.
 
-    Raises DataError if it cannot be written."""
+    query: the title. notes: what is to be said of the query. Raises DataError if it cannot be written."""
     library, folder, shown = searcher.library, path.resolve().parent, []
     strips = library.thumbnails([hit.id for hit in hits])
     for hit in hits:
         video = urllib.parse.quote(os.fsencode(os.path.relpath(library.path(hit.file), folder)))
         jpeg = base64.b64encode(strips.get(hit.id, b"")).decode()
         shown.append(_shown(hit, video, f"data:image/jpeg;base64,{jpeg}"))
-    content = {"query": query, "hits": shown, "notes": searcher.notes(query), "model": searcher.name}
+    content = {"query": query, "hits": shown, "notes": [*notes], "model": searcher.name}
     with writing(path, DataError, "name another file with --html."):
         write_atomic(path, page(content).encode(errors="replace"))
 
@@ -109,7 +117,7 @@ def servable(library: Library, row: dict, links: bool = False) -> Path | None:
 
 
 def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL, links: bool = False):
-    """The page as a tornado application. It sends files of the library only, and writes nothing.
+    """The page as a tornado application. It sends files of the library only, and keeps nothing that it gets.
 
     A clip is asked for by an id that only the page knows, once a query has found it: it depends on a secret
     of this process. captions: ranked for a clip on request. hosts: a pattern of the host names that are
@@ -117,6 +125,7 @@ def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL,
     links: also send files that links lead to outside the library's folder."""
     web = _import_tornado().web
     worker = ThreadPoolExecutor(1)  # one query at a time; the server goes on sending videos meanwhile
+    cutter = ThreadPoolExecutor(1)
     secret, shown = secrets.token_bytes(32), {}  # shown: the ids of clips in the library, by their public ids
 
     def public(id: str) -> str:
@@ -135,7 +144,8 @@ def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL,
         def prepare(self):
             asked = self.request.headers
             from_here = asked.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-            if not from_here and asked.get("Sec-Fetch-Dest") != "document":  # a link to the page is allowed
+            link = self.request.method == "GET" and asked.get("Sec-Fetch-Dest") == "document"
+            if not from_here and not link:  # a link to the page is allowed
                 raise web.HTTPError(403, reason="Other web sites cannot use this page")
 
         def write_error(self, status_code, **more):
@@ -145,6 +155,11 @@ def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL,
             if key not in shown:
                 raise web.HTTPError(404, reason="This clip is not known here, search again")
             return shown[key]
+
+    def answered(hit: Hit) -> dict:
+        key, whole = public(hit.id), not hit.start and hit.end is None
+        shown_hit = _shown(hit, f"clip/{key}", f"thumbnails/{key}")
+        return {**shown_hit, "id": key, "cut": f"clip/{key}" if whole else f"cut/{key}"}
 
     class Missing(Answer):
         def prepare(self):
@@ -156,19 +171,42 @@ def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL,
 
     class Search(Answer):
         async def get(self):
-            query, k = self.get_query_argument("q", ""), self.get_query_argument("k", "10")
-            try:
+            await self.answer(None)
+
+        async def post(self):
+            if not self.request.headers.get("Content-Type", "").startswith("image/"):  # no form can send this
+                raise web.HTTPError(415, reason="Send the bytes of a picture, as image/jpeg or image/png")
+            await self.answer(self.request.body)
+
+        async def answer(self, picture: bytes | None):
+            k = self.get_query_argument("k", "10")
+            one = {name: self.get_query_argument(name, "") for name in ("q", "in", "newer", "older", "like")}
+            more = {name: self.get_query_arguments(name) for name in ("and", "not")}
+            own = self.known(one["like"]) if one["like"] else None
+            every = self.get_query_argument("all", "") not in ("", "0")
+
+            def find() -> tuple[list[Hit], list[str]]:
                 count = int(k) if re.fullmatch(r"\d{1,4}", k, re.ASCII) else 0
                 if not 1 <= count <= MOST:
                     raise DataError(f"k must be a whole number from 1 to {MOST}.")
-                hits = await run(searcher.search, query, count)
-                notes = searcher.notes(query)
+                also, pictures = [weighted(text) for text in more["and"]], []
+                if picture is not None:
+                    pictures.append(searcher.picture_of(picture))
+                if own is not None:
+                    if (clip := searcher.library.clip(own)) is None:
+                        raise DataError("the clip is no longer in the library: search again.")
+                    pictures.append(clip[1][0])
+                where = (one["in"], one["newer"] or None, one["older"] or None)
+                without = frozenset([own] if own else [])
+                query = build_query(one["q"], also, more["not"], pictures, *where, without, every)
+                return (found := searcher.search(query, count)), searcher.notes(query, found)
+
+            try:
+                hits, notes = await run(find)
             except (DataError, ModelError) as error:
                 self.set_status(400)
-                return self.finish({"error": str(error)})
-            keys = [public(hit.id) for hit in hits]
-            found = [_shown(hit, f"clip/{key}", f"thumbnails/{key}") for hit, key in zip(hits, keys)]
-            self.finish({"hits": [{**hit, "id": key} for hit, key in zip(found, keys)], "notes": notes})
+                return self.finish({"error": printable(str(error))})
+            self.finish({"hits": [answered(hit) for hit in hits], "notes": notes})
 
     class Captions(Answer):
         async def get(self, key):
@@ -188,6 +226,29 @@ def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL,
                 raise web.HTTPError(404)
             self.set_header("Content-Type", "image/jpeg")
             self.finish(strips[id])
+
+    class Cut(Answer):
+        async def get(self, key):
+            clip = await run(searcher.library.clip, id := self.known(key))
+            row = searcher.library.file_rows([id])[0]
+            if clip is None or (path := servable(searcher.library, row, links)) is None:
+                raise web.HTTPError(404, reason="The file has changed since it was indexed, or is not there")
+            start, end = clip[0]["start"], clip[0]["end"]
+            with tempfile.TemporaryDirectory() as folder:
+                part = Path(folder, "clip" + suffix_of(path, start, end))
+                try:
+                    await asyncio.get_running_loop().run_in_executor(cutter, cut, path, part, start, end)
+                except DataError:
+                    raise web.HTTPError(500, reason="ffmpeg cannot cut this file") from None
+                name = printable(f"{stem(Path(row['file']).name)} {span(start, end)}{part.suffix}")
+                self.set_header("Content-Type", "application/octet-stream")
+                self.set_header(
+                    "Content-Disposition", f"attachment; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+                )
+                with part.open("rb") as file:
+                    while piece := file.read(2**20):
+                        self.write(piece)
+                        await self.flush()
 
     class Video(Answer, web.StaticFileHandler):  # can send a part of a file (Range)
         @classmethod
@@ -212,8 +273,18 @@ def application(searcher: Searcher, captions: Sequence[str], hosts: str = LOCAL,
     app = web.Application(default_handler_class=Missing)
     pages = [(r"/", Page), (r"/search", Search), (rf"/captions/{key}", Captions)]
     files = [(rf"/thumbnails/{key}", Thumbnails), (rf"/clip/{key}", Video, {"path": "/"})]
+    files += [(rf"/cut/{key}", Cut)]
     app.add_handlers(hosts, [*pages, *files])
     return app
+
+
+def weighted(text: str) -> tuple[float, str]:
+    """ "0.5 on a beach" as (0.5, "on a beach"). Raises DataError."""
+    weight, _, words = text.strip().partition(" ")
+    try:
+        return float(weight), words.strip()
+    except ValueError:
+        raise DataError(f"and={text} begins with no weight: write it as and=0.5 on a beach.") from None
 
 
 def address(host: str, port: int) -> str:
@@ -235,7 +306,7 @@ def serve(searcher: Searcher, captions: Sequence[str], host: str, port: int, lin
         raise DataError(f"{host}:{port} cannot be used ({reason}): {advice}.") from None
 
     async def forever():
-        tornado.httpserver.HTTPServer(app).add_sockets(sockets)
+        tornado.httpserver.HTTPServer(app, max_body_size=PICTURE).add_sockets(sockets)
         where = address(host, sockets[0].getsockname()[1])
         print(f"serving {searcher.library.where} on {where} (Ctrl-C ends it)", flush=True)
         await asyncio.Event().wait()

@@ -2,14 +2,18 @@
 
 import csv
 import json
+import multiprocessing.dummy
 import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 from conftest import message
 
+import shapes
 from engine.datasets import (
     DATASETS,
     SPLITS,
@@ -23,6 +27,7 @@ from engine.datasets import (
     with_validation,
 )
 from engine.files import VIDEO_SUFFIXES
+from engine.metrics import relevance_metrics
 
 PUBLIC = [name for name, dataset in DATASETS.items() if dataset.needs]
 
@@ -84,6 +89,36 @@ def test_caches_are_apart_for_each_data_set_and_for_each_folder_of_your_own_vide
     assert own[0] == own[2] != own[1] and re.fullmatch("csv-[0-9a-f]{8}", own[0].name)
     assert cache_folder("msrvtt-7k", tmp_path) == tmp_path / "cache" / "msrvtt"
     assert cache_folder("msvd", tmp_path) != cache_folder("shapes", tmp_path)
+
+
+# ---- built in
+
+
+@pytest.mark.parametrize("name", shapes.TEST_SETS)
+def test_another_built_in_test_set_is_rendered_and_its_relevance_is_known(name, tmp_path, monkeypatch):
+    made = shapes.TEST_SETS[name]
+    monkeypatch.setitem(made["splits"], "test", 60)
+    monkeypatch.setattr(shapes, "_render_clips", one_file_each)
+    own = multiprocessing.get_context()
+    monkeypatch.setattr(
+        multiprocessing, "get_context", lambda kind="": multiprocessing.dummy if kind else own
+    )
+    clips = read_clips(name, tmp_path)
+    assert sizes(clips) == made["splits"] and clips[7].path.parent == tmp_path / name / "clips"
+    right = [shapes.make_clip(made["seed"], n, made.get("scenes", (3,))) for n in range(len(clips))]
+    assert [clip.captions for clip in clips] == [tuple(c.text for c in clip.captions) for clip in right]
+    some = [clips[n] for n in (3, 40, 14, 0)]  # also of a part of the clips, in any order
+    relevant, owner = DATASETS[name].relevance(some), np.arange(4).repeat(5)
+    assert relevant.shape == (20, 4) and relevant[np.arange(20), owner].all() and not relevant.all()
+    perfect = torch.from_numpy(relevant).float()  # the scores of a retriever that understands everything
+    assert relevance_metrics(perfect, torch.from_numpy(relevant))["mAP@R"] == pytest.approx(100)
+    assert DATASETS["shapes"].relevance(some) is None  # the captions of other clips
+
+
+def one_file_each(job, scenes=()):
+    """Writes an empty file for each clip of a job."""
+    touch(*(job[0] / f"clip{number:05d}.mp4" for number in job[2]))
+    return len(job[2])
 
 
 # ---- MSR-VTT

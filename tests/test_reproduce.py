@@ -147,8 +147,12 @@ def test_cells_of_the_tables_keep_their_folders():
         "tmass-radius=fixed", "tmass-radius=scalar", "tmass-radius=joint",
         "tmass-alpha=0.0", "tmass-alpha=0.0-ce=1.0", "tmass-alpha=0.4", "tmass-alpha=0.8", "tmass-alpha=1.6",
         "tmass-alpha=2.0", "tmass-recipe=best", "tmass-recipe=best-M=1", "tmass-recipe=best-ce=0.0",
-        "tmass-recipe=best-radius=linear-radius_lr=0.01", "tmass-recipe=best-ce=0.0-M=1",
+        "tmass-recipe=best-radius=linear-radius_lr=0.01",
         *(f"tmass-radius=none-radius_lr=0.001-fusion={name}" for name in CONTROLS),
+        *(f"tmass-initial_radius={radius}" for radius in (0.05, 0.15, 0.4, 2.0, 5.0)),
+        *(f"{name}-freeze=vision-epochs=2-clip_lr=0.0001" for name in (
+            "xpool", "tmass", "tmass-recipe=best", "tmass-recipe=best-M=1",
+        )),
     }  # fmt: skip
 
 
@@ -283,6 +287,42 @@ def test_a_cell_that_fails_is_reported_in_one_sentence_and_the_others_go_on(conf
     assert [row.split("|")[-2].strip() for row in rows] == ["2", "1", "1"]  # seeds
 
 
+def test_cells_are_scored_on_the_second_set_without_training_and_beside_the_first(config, one, monkeypatch):
+    """The second set is the test split here, so all numbers are equal."""
+    config = replace(config, seeds=1)
+    reproduce.reproduce(config)
+    monkeypatch.setattr(reproduce.train, "train", None)
+    monkeypatch.setattr(reproduce, "SETS", {"second": "csv"})
+    jobs = reproduce.Jobs(replace(config, split="second"), {"recipes": ONE})
+    jobs.run()
+    file = reproduce.write(jobs, "recipes", "a command")
+    assert not jobs.failed and file.name == "recipes-second.md"
+    lines = [line.split("|") for line in file.read_text().splitlines() if line.startswith("| T-MASS")]
+    rows = [line for line in lines if len(line) == 2 + 1 + 4]
+    assert len(rows) == 2 and all(row[2] == row[3] != row[4] or row[4] == row[5] for row in rows)
+    cell = cell_folder(config, TMASS, 0)
+    test, second = (json.loads(score_file(cell, on, "M=20").read_text()) for on in ("test", "second"))
+    assert test["metrics"] == second["metrics"] and second["split"] == "second"
+
+
+def test_numbers_of_each_query_are_those_of_the_same_scores(config, monkeypatch):
+    rows = (Row("X-Pool", XPOOL), Row("T-MASS", TMASS, "M=20"))
+    tables = {"recipes": Table("one", rows), "uncertainty": Table("two", rows, queries=True)}
+    monkeypatch.setattr(reproduce, "TABLES", tables)
+    monkeypatch.setattr(
+        reproduce, "score_all", lambda *given, f=reproduce.score_all: calls.append(1) or f(*given)
+    )
+    calls = []
+    jobs = reproduce.reproduce(replace(config, seeds=1, table=tuple(tables)))
+    cell = cell_folder(config, TMASS, 0)
+    plain, each = (json.loads(score_file(cell, "test", key).read_text()) for key in ("M=20", "queries, M=20"))
+    assert not jobs.failed and len(calls) == 2  # once a cell
+    assert plain["metrics"] == each["metrics"] and plain["first hits"] == each["first hits"]
+    for way, hits in plain["first hits"].items():
+        assert each["queries"][f"{way} R@1"] == hits
+    assert set(each["numbers"]) == {reproduce.START, reproduce.END} and each["numbers"][reproduce.START] > 0
+
+
 def test_two_processes_never_work_at_one_cell(tmp_path):
     with claim(tmp_path / "cell", wait=False) as first:
         with claim(tmp_path / "cell", wait=False) as second:
@@ -294,6 +334,8 @@ def test_two_processes_never_work_at_one_cell(tmp_path):
 def test_bad_input_gives_one_sentence(config, tmp_path):
     with pytest.raises(ModelError, match="--seeds 0"):
         reproduce.reproduce(replace(config, seeds=0))
+    with pytest.raises(ModelError, match="--split second is a set of built-in clips"):
+        reproduce.reproduce(replace(config, split="second"))
     with pytest.raises(DataError, match=r"nowhere\.csv"):
         reproduce.reproduce(replace(config, annotations=tmp_path / "nowhere.csv"))
 
@@ -302,7 +344,10 @@ def test_bad_input_gives_one_sentence(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_tables_come_out_complete(config):
+def test_all_tables_come_out_complete(config, monkeypatch):
+    for name, kept in (("radius-scale", (0.4, 1.0)), ("fine-tuning", ("X-Pool", "best recipe"))):
+        some = tuple(row for row in TABLES[name].rows if (row.x or row.name) in kept)
+        monkeypatch.setitem(TABLES, name, replace(TABLES[name], rows=some))
     config = replace(config, table=tuple(TABLES), seeds=1, max_steps=1)
     jobs = reproduce.reproduce(config)
     assert not jobs.failed
@@ -315,8 +360,8 @@ def test_all_tables_come_out_complete(config):
             assert set(columns) <= set(row["values"])
             assert all(len(values) == 1 for values in row["values"].values())
         text = (reproduce.root(config) / f"{name}.md").read_text()
-        rows = [line for line in text.splitlines() if line.startswith("| ")]
-        assert "not run" not in text and len(rows) == 1 + len(table.rows)
+        first = next(part for part in text.split("\n\n") if part.startswith("|"))
+        assert "not run" not in text and len(first.splitlines()) == 2 + len(table.rows)
         assert (reproduce.root(config) / f"reproduce_{name}.png").stat().st_size > 5000
         assert ("LEAKS" in text) == (name == "recipes")  # the leak is in one table only, and is marked
     M = json.loads((reproduce.root(config) / "M.json").read_text())["rows"]

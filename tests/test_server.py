@@ -1,10 +1,10 @@
 """The page of search.py: it answers queries, plays clips, and sends nothing else."""
 
+import asyncio
 import contextlib
 import functools
-import http.server
+import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,8 +15,10 @@ import threading
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 pytest.importorskip("pymilvus", reason="pip install -r requirements-search.txt")
 pytest.importorskip("milvus_lite", reason="pip install -r requirements-search.txt")
@@ -26,8 +28,12 @@ import test_search
 from test_library import sentence
 from test_search import CLIPS, FRAMES, NAMES, searching
 
+import search
 from engine import server as page_server
+from engine.frames import decode_frames
+from engine.indexing import IndexConfig
 from engine.library import Library, stamp
+from engine.queries import build_query
 
 checkpoint, rendered, indexed = test_search.checkpoint, test_search.rendered, test_search.indexed  # fixtures
 
@@ -83,10 +89,10 @@ def server(tmp_path_factory, rendered, checkpoint):
     assert process.wait(10) == 0
 
 
-def get(url: str, **headers: str) -> tuple[int, bytes, dict]:
+def get(url: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes, dict]:
     with contextlib.ExitStack() as stack:
         try:
-            request = urllib.request.Request(url, headers=headers)
+            request = urllib.request.Request(url, data, headers)
             answer = stack.enter_context(urllib.request.urlopen(request, timeout=20))
         except urllib.error.HTTPError as error:
             answer = stack.enter_context(error)
@@ -139,9 +145,9 @@ def test_the_server_sends_nothing_that_is_not_a_clip_of_the_library(server):
     requests = [
         prefix + path
         for path in ["", "page.html", *paths]
-        for prefix in ("/clip/", "/thumbnails/", "/captions/", "/clip//", "/")
+        for prefix in ("/clip/", "/thumbnails/", "/captions/", "/cut/", "/clip//", "/")
     ]
-    for request in requests[:4] + requests[5:]:  # all but "/", the page itself
+    for request in requests[:5] + requests[6:]:  # all but "/", the page itself
         with socket.create_connection(("127.0.0.1", port)) as connection:  # a client would tidy the path
             connection.sendall(f"GET {request} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
             answer = b"".join(iter(functools.partial(connection.recv, 65536), b""))
@@ -310,124 +316,112 @@ def test_without_tornado_one_sentence_says_what_to_install(indexed, monkeypatch)
     assert "pip install -r requirements-search.txt" in message
 
 
-# ---- in a browser
+# ---- the JSON API
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    chromium = next(filter(None, map(shutil.which, names)), None)
-    if not chromium:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as running:
-        flags = ["--no-sandbox", "--host-resolver-rules=MAP evil.example 127.0.0.1"]
-        yield running.chromium.launch(executable_path=chromium, args=flags)
+def png(path, number: int = 2) -> bytes:
+    """A frame of a video as a picture file."""
+    file = io.BytesIO()
+    Image.fromarray(decode_frames(path, FRAMES)[number]).save(file, "PNG")
+    return file.getvalue()
 
 
-def test_in_a_browser_a_query_shows_clips_that_play_and_captions_that_fit(server, browser):
-    page, errors = browser.new_page(), []
-    page.on("pageerror", lambda error: errors.append(error))
-    page.goto(server[0])
-    page.fill("input", "a <b>ring</b>")
-    page.press("input", "Enter")
-    page.wait_for_selector(".hit >> nth=2")
-    titles = page.locator(".hit .title span:first-of-type").all_inner_texts()
-    assert page.locator(".hit").count() == 3 and titles.count("<i>.mp4") == 1
-    assert page.locator(".bars span").count() == 3 * FRAMES
-    page.wait_for_function("() => [...document.images].every(one => one.complete && one.naturalWidth > 0)")
-    page.hover(".hit:first-child .screen")
-    page.wait_for_function("() => document.querySelector('.hit:first-child video').currentTime > 0.1")
-    page.click(".hit:first-child .fit button")
-    page.wait_for_selector(".fit li")
-    assert "a <u>square</u> falls" in page.locator(".hit:first-child .fit").inner_text()
-    page.fill("input", " ")
-    page.press("input", "Enter")
-    page.wait_for_function("() => document.querySelector('#status').textContent.includes('query is empty')")
-    assert page.locator(".hit").count() == 0 and not errors
-
-
-EVIL = """<script>
-const target = TARGET, found = [];
-const load = (tag, name, path) => new Promise(done => {
-  const made = document.createElement(tag);
-  made.onload = made.onloadeddata = made.onloadedmetadata = () => { found.push(`${tag} ${path}`); done(); };
-  made.onerror = done;
-  made[name] = target + "/" + path;
-  if (tag == "link") made.rel = "stylesheet";
-  document.body.append(made);
-  setTimeout(done, 3000);
-});
-const read = (path, options) => fetch(target + "/" + path, options).then(
-  () => found.push(`fetch ${path} ${JSON.stringify(options)}`), () => 0);
-onload = async () => {
-  const frame = document.createElement("iframe");
-  frame.src = target + "/";
-  document.body.append(frame);
-  for (const path of PATHS) {
-    await Promise.all([
-      load("img", "src", path), load("video", "src", path), load("audio", "src", path),
-      load("script", "src", path), load("link", "href", path), load("object", "data", path),
-      read(path, {}), read(path, { mode: "no-cors" }), read(path, { credentials: "include" }),
-      read(path, { method: "POST" })]);
-  }
-  const popup = open(target + "/?q=a");
-  await new Promise(done => setTimeout(done, 1500));
-  try { if (popup && popup.document.body.innerText) found.push("popup"); } catch {}
-  try { if (frame.contentDocument && frame.contentDocument.body.innerText) found.push("frame"); } catch {}
-  document.title = JSON.stringify(found);
-};
-</script><body></body>"""
+def test_the_api_answers_as_the_command_does(server):
+    address, place = server
+    searcher, picture = searching(str(place / "library.db")), png(place / "videos" / "no.avi")
+    id = hits_of(address)["a b.mp4"]["id"]
+    (row,), frames = searcher.library.clips_of("a b.mp4")
+    more = {"also": [(0.5, "at sea"), (-1.0, "a star")], "unlike": ["snow", "night"]}
+    own = {"pictures": [frames[0]], "without": frozenset([row["id"]])}
+    for query, data, expected in [
+        ("q=a+ring&and=0.5+at+sea&and=-1+a+star&not=snow&not=night", None, build_query("a ring", **more)),
+        (f"like={id}", None, build_query("", **own)),
+        (f"like={id}&q=a+ring&older=2100-01-01", None, build_query("a ring", older="2100-01-01", **own)),
+        ("", picture, build_query("", pictures=[searcher.picture_of(picture)])),
+        ("not=snow", picture, build_query("", unlike=["snow"], pictures=[searcher.picture_of(picture)])),
+        ("q=a&in=.&all=1", None, build_query("a", inside=".", all=True)),
+    ]:
+        status, body, _ = get(f"{address}/search?{query}", data, **{"Content-Type": "image/png"})
+        hits, found = json.loads(body)["hits"], searcher.search(expected, 10)
+        assert status == 200 and [(hit["file"], hit["best"]) for hit in hits] == [
+            (h.file, h.best) for h in found
+        ]
+        for hit, one in zip(hits, found):
+            assert (hit["score"], hit["time"]) == pytest.approx((one.score, one.time), abs=1e-5)
+    assert get(f"{address}/{hits[0]['cut']}")[1] == (place / "videos" / hits[0]["file"]).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost"]
-)  # the same host on another port is another origin
-def test_in_a_browser_another_site_can_neither_read_nor_show_anything(server, browser, host):
-    hit = hits_of(server[0])["a b.mp4"]  # even if it knew the ids
-    paths = ["", "search?q=a", hit["video"], hit["strip"], f"captions/{hit['id']}"]
-    text = EVIL.replace("TARGET", json.dumps(server[0])).replace("PATHS", json.dumps(paths))
-
-    class Evil(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_): ...
-
-    evil = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Evil)
-    threading.Thread(target=evil.serve_forever, daemon=True).start()
-    page = browser.new_page()
-    page.goto(f"http://{host}:{evil.server_port}/")
-    page.wait_for_function("() => document.title.startsWith('[')", timeout=60_000)
-    assert json.loads(page.title()) == []
-    evil.shutdown()
+    ("query", "said"),
+    [
+        ("q=a&and=b", "begins with no weight"),
+        ("q=a&and=inf+b", "weight of 'b' is inf"),
+        ("q=a&newer=now", "'now' is not a date"),
+        ("q=a&in=none", "no file in 'none'"),
+        ("q=a&in=/etc", "not in the folder of the library"),
+        ("q=a&newer=2100-01-01", "no file of the library has such a date"),
+        ("not=b", "nothing is looked for"),
+    ],
+)
+def test_a_wrong_question_gives_one_sentence_that_tells_no_path(server, query, said):
+    status, body, _ = get(f"{server[0]}/search?{query}")
+    error = json.loads(body)["error"]
+    assert status == 400 and said in error and str(server[1]) not in error
+    assert get(f"{server[0]}/search?like={'0' * 32}")[0] == 404
 
 
-def test_in_a_browser_a_foreign_name_of_this_machine_is_not_answered(server, browser):
-    page, port = browser.new_page(), server[0].rsplit(":", 1)[1]
-    answer = page.goto(f"http://evil.example:{port}/")  # the browser takes this name for 127.0.0.1
-    assert answer.status == 404 and "attention" not in page.content()
+def test_a_picture_comes_from_the_page_alone_and_is_one(server):
+    address, picture = f"{server[0]}/search", png(server[1] / "videos" / "no.avi")
+    image = {"Content-Type": "image/png"}
+    assert get(address, b"no picture", **image)[0] == 400
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+    ):  # of any site's form
+        assert get(address, picture, **{"Content-Type": kind})[0] in (400, 415)
+    for site, to, status in [
+        ("cross-site", "document", 403),
+        ("cross-site", "empty", 403),
+        ("same-origin", "empty", 200),
+    ]:
+        headers = {**image, "Sec-Fetch-Site": site, "Sec-Fetch-Dest": to}
+        assert get(address, picture, **headers)[0] == status
+    with pytest.raises((urllib.error.URLError, ConnectionError)):  # closed before it is read
+        status, *_ = get(address, bytes(page_server.PICTURE + 1), **image)
+        assert status in (400, 413)
+        raise ConnectionError
 
 
-def test_in_a_browser_an_unplayable_file_is_reported_and_the_written_page_works_from_disk(
-    indexed, browser, tmp_path
-):
-    searcher, path = searching(indexed[0]), tmp_path / "out.html"
-    hits = searcher.search("a ring", 2)
-    shutil.copytree(indexed[1], tmp_path / "videos")
-    (tmp_path / "videos" / hits[1].file).write_text("no longer a video")
-    page_server.write_page(path, searcher, "a ring", hits)
-    text = path.read_text()
-    for hit in hits:  # links lead to the copy
-        old = urllib.request.quote(os.path.relpath(indexed[1] / hit.file, tmp_path))
-        text = text.replace(old, urllib.request.quote(f"videos/{hit.file}"))
-    path.write_text(text)
-    page = browser.new_page()
-    page.goto(path.as_uri())
-    page.wait_for_selector("text=This browser cannot play the file")
-    page.wait_for_function("() => document.querySelector('.hit:first-child video').readyState >= 2")
-    assert page.locator("form").is_hidden() and page.locator("h1").inner_text() == "a ring"
-    assert page.locator(".strip img").count() == 2
+def test_a_part_of_a_file_is_sent_as_a_file_of_its_own(tmp_path, rendered, checkpoint):
+    (tmp_path / "videos").mkdir()
+    path = shutil.copy(rendered[0], tmp_path / "videos" / 'ring "1".mp4')
+    library = str(tmp_path / "library.db")
+    assert search.index(IndexConfig(tmp_path / "videos", library, checkpoint, window=1.0)) == 0
+    app = page_server.application(searching(library), ["a ring"])
+    from tornado.httpserver import HTTPServer
+    from tornado.netutil import bind_sockets
+
+    (listening, *_) = sockets = bind_sockets(0, "127.0.0.1")
+    loop = asyncio.new_event_loop()
+
+    def serve():
+        asyncio.set_event_loop(loop)
+        HTTPServer(app).add_sockets(sockets)
+        loop.run_forever()
+
+    threading.Thread(target=serve, daemon=True).start()
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    hits = json.loads(get(f"{address}/search?q=a&all=1")[1])["hits"]
+    for hit in hits:
+        status, body, headers = get(f"{address}/{hit['cut']}")
+        assert status == 200 and headers["Content-Disposition"].startswith(
+            "attachment; filename*=UTF-8''ring%20"
+        )
+        (tmp_path / "part.mp4").write_bytes(body)
+        frames = decode_frames(tmp_path / "part.mp4", 24)
+        for frame in decode_frames(path, 3, hit["start"], hit["end"]):
+            assert any(np.array_equal(frame, other) for other in frames)
+    path.write_bytes(b"changed")
+    assert get(f"{address}/{hits[0]['cut']}")[0] == 404
+    loop.call_soon_threadsafe(loop.stop)

@@ -21,6 +21,14 @@ def test_a_clip_is_three_scenes_that_fill_its_frames():
         assert len(clip.scenes) == 3 and sum(clip.lengths) == FRAMES and min(clip.lengths) >= FRAMES // 4
 
 
+def test_clips_of_one_to_five_scenes_fill_their_frames_too():
+    scenes = shapes.TEST_SETS["shapes-scenes"]["scenes"]
+    for number, clip in enumerate(make_clip(2, number, scenes) for number in range(100)):
+        assert len(clip.scenes) == len(clip.lengths) == 1 + number % 5
+        assert sum(clip.lengths) == FRAMES and min(clip.lengths) >= FRAMES // 6
+        assert all(fits(caption, clip) for caption in clip.captions)
+
+
 def fits(caption: shapes.Caption, clip: shapes.ShapesClip) -> bool:
     """Whether the caption is true of the clip: its mentions are found in the scenes, in time order."""
     for scenes in itertools.combinations(clip.scenes, len(caption.mentions)):
@@ -53,6 +61,17 @@ def test_relevance_is_whether_a_caption_is_true_of_a_clip():
     captions = [caption for clip in clips for caption in clip.captions]
     assert relevant.tolist() == [[fits(caption, clip) for clip in clips] for caption in captions]
     assert relevant.sum() > len(captions)  # other clips than a caption's own fit, too
+
+
+def test_relevance_of_clips_of_different_numbers_of_scenes_equals_its_loops():
+    scenes = (1, 2, 3, 4, 5)
+    clips, names = [make_clip(2, n, scenes) for n in range(60)], [f"clip{n:05d}" for n in range(60)]
+    said = [[caption.text for caption in clip.captions] for clip in clips]
+    captions = [caption for clip in clips for caption in clip.captions]
+    relevant = shapes.relevance(names, said, 2, scenes)
+    assert relevant.tolist() == [[fits(caption, clip) for clip in clips] for caption in captions]
+    assert relevant[:, ::5].any() and not np.array_equal(relevant.any(axis=1), relevant[:, ::5].any(axis=1))
+    assert shapes.relevance(names, said, 1, scenes) is None  # these are the captions of another seed
 
 
 def test_relevance_is_unknown_for_other_captions():
@@ -135,6 +154,12 @@ def test_render_writes_a_complete_folder_once(monkeypatch, tmp_path):
     before = (folder / "clips.csv").stat().st_mtime_ns
     shapes.render(folder)
     assert (folder / "clips.csv").stat().st_mtime_ns == before
+    shapes.render(folder, seed=1, splits={"test": 3}, scenes=(1, 5))  # other clips: rendered again
+    with (folder / "clips.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    clips = [make_clip(1, number, (1, 5)) for number in range(3)]
+    assert [row["caption"] for row in rows] == [c.text for clip in clips for c in clip.captions]
+    assert {row["split"] for row in rows} == {"test"} and len(list((folder / "clips").iterdir())) == 3
 
 
 def test_render_never_overwrites_a_folder_with_other_files(tmp_path):
