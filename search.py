@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from tqdm.auto import tqdm
 
@@ -183,16 +182,18 @@ def recall(
 ) -> dict[int, float]:
     """For each size of the shortlist: the fraction of the library's k best clips that it holds, mean over
     captions. look: also of the first look, as size 0. Raises DataError for an empty library."""
-    text, ids, parts = searcher.text(captions), [], []
+    text, best = searcher.text(captions), [[] for _ in captions]  # (score, id), best first
     for rows, frames in tqdm(searcher.library.batches(), "scoring everything", unit=" batches", leave=False):
-        ids += [row["id"] for row in rows]
-        parts.append(searcher.score(text, frames).cpu())
-    if not ids:
+        top = searcher.score(text, frames).topk(min(k, len(rows)), dim=1)
+        for own, values, numbers in zip(best, top.values.tolist(), top.indices.tolist()):
+            own += [(value, rows[n]["id"]) for value, n in zip(values, numbers)]
+            own.sort(reverse=True)
+            del own[k:]
+    if not best[0]:
         raise DataError(f"{searcher.library.where} holds no clip: index a folder of videos first.")
-    best = torch.cat(parts, dim=1).topk(min(k, len(ids)), dim=1).indices.tolist()
     found = dict.fromkeys([*sizes, *[0] * look], 0)
-    for t, own in zip(text, best):
-        own, order = {ids[n] for n in own}, searcher.library.nearest_ids(t, max(sizes))
+    for t, pairs in zip(text, best):
+        own, order = {id for _, id in pairs}, searcher.library.nearest_ids(t, max(sizes))
         for size in sizes:
             found[size] += len(own & {*order[:size]})
         if look:

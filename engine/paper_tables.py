@@ -168,6 +168,6 @@ TABLES: dict[str, Table] = {
             baseline=f"t alone, initial R = {r:g}", x=r)
         for name, key in (("20 draws", "M=20"), ("t alone", "M=0")) for r in (0.05, 0.15, 0.4, 1.0, 2.0, 5.0)
     ), axis="initial R", queries=True, columns=(START, END, "t2v R@1", "t2v R@10", "t2v MnR", "v2t R@1"),
-       note="|R eps| / |t| is measured on the test captions and their own clips, before and after training "
-            "with the paper's rates. The baseline is the same run, scored by t alone."),
+       note="The ratio |R eps| / |t| is that of the test captions and their own clips, before and after "
+            "training with the paper's rates. The baseline is the same run, scored by t alone."),
 }  # fmt: skip

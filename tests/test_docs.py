@@ -172,9 +172,7 @@ def test_every_mean_and_interval_is_one_of_results(name):
 def test_every_claim_of_results_quotes_its_tables():
     claims, tables = RESULTS.split("## How to reproduce")
     numbers = re.findall(r"\d+\.\d ± \d+\.\d|[+-]\d+\.\d \[[^\]]*\]", claims)
-    quoted = [number for number in numbers if number not in tables]
-    # Differences that the table of all columns does not show: R@5, R@10, one caption a video.
-    assert sorted(quoted) == ["+3.3 [+2.8, +3.8]", "+5.2 [+4.8, +5.6]", "+6.5 [+6.0, +7.0]"]
+    assert numbers and [number for number in numbers if number not in tables] == []
 
 
 # ---- the examples of CONTRIBUTING.md

@@ -345,9 +345,11 @@ def test_bad_input_gives_one_sentence(config, tmp_path):
 
 @pytest.mark.slow
 def test_all_tables_come_out_complete(config, monkeypatch):
-    for name, kept in (("radius-scale", (0.4, 1.0)), ("fine-tuning", ("X-Pool", "best recipe"))):
-        some = tuple(row for row in TABLES[name].rows if (row.x or row.name) in kept)
-        monkeypatch.setitem(TABLES, name, replace(TABLES[name], rows=some))
+    for name, table in TABLES.items():  # some rows of each, to save time
+        some = (
+            [row for row in table.rows if row.x in (0.4, 1.0)] if name == "radius-scale" else table.rows[:4]
+        )
+        monkeypatch.setitem(TABLES, name, replace(table, rows=tuple(some)))
     config = replace(config, table=tuple(TABLES), seeds=1, max_steps=1)
     jobs = reproduce.reproduce(config)
     assert not jobs.failed
@@ -360,7 +362,7 @@ def test_all_tables_come_out_complete(config, monkeypatch):
             assert set(columns) <= set(row["values"])
             assert all(len(values) == 1 for values in row["values"].values())
         text = (reproduce.root(config) / f"{name}.md").read_text()
-        first = next(part for part in text.split("\n\n") if part.startswith("|"))
+        first = next(part for part in text.split("\n\n") if "|---|" in part)
         assert "not run" not in text and len(first.splitlines()) == 2 + len(table.rows)
         assert (reproduce.root(config) / f"reproduce_{name}.png").stat().st_size > 5000
         assert ("LEAKS" in text) == (name == "recipes")  # the leak is in one table only, and is marked
