@@ -100,14 +100,20 @@ class Fitted:
         squares = self.look.usual + products[:, self.draws :].square() @ self.look.gains
         return products[:, : self.draws] * squares.clamp_min(1e-12).rsqrt()[:, None]
 
+    def buffer(self, frames: Float16[np.ndarray, "clips frames dim"]) -> Float[Tensor, "block frames dim"]:
+        """Memory for one block of clips. To allocate it anew for each piece took as long as all the rest."""
+        return self.level.new_empty(BLOCK, *frames.shape[1:])
+
     @torch.no_grad()
     def scores(
-        self, frames: Float16[np.ndarray, "clips frames dim"], scale: Float32[np.ndarray, "clips frames"]
+        self,
+        frames: Float16[np.ndarray, "clips frames dim"],
+        scale: Float32[np.ndarray, "clips frames"],
+        buffer: Float[Tensor, "block frames dim"],
     ) -> Float[Tensor, " clips"]:
         """The approximate scores of clips. scale: 1 / standard deviation of each frame over its channels."""
         frames, scale = torch.from_numpy(frames), torch.from_numpy(scale)
         found = torch.empty(len(frames))
-        buffer = self.level.new_empty(min(BLOCK, len(frames)), *frames.shape[1:])
         for first in range(0, len(frames), BLOCK):
             part = slice(first, first + BLOCK)
             block = buffer[: len(found[part])].copy_(frames[part])
@@ -117,13 +123,25 @@ class Fitted:
 
     def all_scores(self, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> Float[Tensor, " clips"]:
         """The approximate scores of all pieces (frames, scale), with a thread for each of torch's."""
-        threads = torch.get_num_threads()
+        pieces = list(pieces)
+        found, turns, threads = (
+            [torch.empty(0)] * len(pieces),
+            iter(range(len(pieces))),
+            torch.get_num_threads(),
+        )
+
+        def work(_: int) -> None:
+            buffer = self.buffer(pieces[0][0])
+            for n in turns:  # each number goes to one thread
+                found[n] = self.scores(*pieces[n], buffer)
+
         torch.set_num_threads(1)  # in each
         try:
             with ThreadPoolExecutor(threads) as pool:
-                return torch.cat(list(pool.map(lambda piece: self.scores(*piece), pieces)))
+                list(pool.map(work, range(threads)))
         finally:
             torch.set_num_threads(threads)
+        return torch.cat(found)
 
 
 def _centred(x: Tensor, dim: int = 0) -> Tensor:

@@ -166,9 +166,10 @@ def index(config: IndexConfig) -> int:
         cut = f"window {config.window:g}" if config.window else "whole"
     sizes = {"dim": model.clip.text_projection.shape[1], "frames": model.arguments["num_frames"]}
     db.describe({**db.about, **about, "cut": cut, **sizes})
-    code = _update(db, model, found, config, part)
-    if part.count == 1:
-        calibrate(db, model, trained)
+    with contextlib.closing(db):  # a shard that is open is not sent or merged by others
+        code = _update(db, model, found, config, part)
+        if part.count == 1:
+            calibrate(db, model, trained)
     return code
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data import epoch_batches
+from engine import distributed
 from engine.backbone import activation_of, resolve_amp
 from engine.config import Config
 from engine.datasets import Clip
@@ -55,7 +56,7 @@ def batch_norms(model: TMASS) -> list[nn.Module]:
 
 def check_batches(config: Config, model: TMASS, clips: Sequence[Clip], validation: int) -> None:
     """Raises ModelError if the batches cannot be split over the processes. validation: how many clips."""
-    _, world = rank_and_world()
+    _, world = distributed.rank_and_world()
     if config.method == "clip" and batch_norms(model) and (world > 1 or config.micro_batch):
         advice = "leave out --micro-batch and start one process"
         raise ModelError(f"--method clip trains the batch norm of this CLIP, on whole batches: {advice}.")

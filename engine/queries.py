@@ -120,8 +120,8 @@ def build_query(
         raise DataError("the query has an empty part: describe it, or leave it out.")
     if len(parts) > PARTS:
         raise DataError(f"the query has {len(parts)} parts: use at most {PARTS}.")
-    since = -math.inf if newer is None else seconds(newer)
-    until = math.inf if older is None else seconds(older)
+    since = -math.inf if newer is None else timestamp(newer)
+    until = math.inf if older is None else timestamp(older)
     if since >= until:
         raise DataError(f"no file is newer than {newer} and older than {older}: give a later date to older.")
     return Query(tuple(parts), inside, since, until, without, all)
@@ -132,7 +132,7 @@ def all_words(parts: Sequence[Part]) -> bool:
     return all(part.frames is not None or part.text.strip() for part in parts)
 
 
-def seconds(date: str) -> float:
+def timestamp(date: str) -> float:
     """A date or time of day of ISO 8601, in this machine's time zone, as seconds since 1970.
 
     Raises DataError."""

@@ -110,7 +110,7 @@ def test_every_part_of_the_gpu_benchmark_runs_on_the_cpu_at_toy_size(tmp_path, m
         and parts["short training"][2]["apart, of the way"] == 0
     )
     exact = [row for row in parts["device against CPU"] if "16" not in row["what"]]
-    assert len(exact) == 10 and {row["difference"] for row in exact} == {0}
+    assert len(exact) == 12 and {row["difference"] for row in exact} == {0}
     assert all(name in out for name in parts) and parts["loader"][0]["of the fastest step"] > 0
 
 

@@ -303,6 +303,13 @@ def test_a_damaged_library_gives_one_sentence(library, tmp_path):
         assert "damaged" in sentence(lambda copy=copy: len(Library(str(copy))))
 
 
+def test_a_local_library_needs_no_network(library, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    assert len(Library(library.where)) == len(library) > 0
+
+
 def test_a_library_without_the_right_to_write_is_read(library):
     before = contents(library)
     for path in (Path(library.where), *Path(library.where).iterdir()):

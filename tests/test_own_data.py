@@ -78,7 +78,9 @@ def test_missing_files_and_foreign_encodings_are_named(clips_folder, tmp_path):
 
 def test_an_empty_split_and_an_unknown_data_set_are_named(clips, tmp_path):
     assert "no clip has split 'val'" in message(of_split, [c for c in clips if c.split != "val"], "val")
-    assert "choose one of shapes, csv, msrvtt" in message(read_clips, "imagenet", tmp_path)
+    assert "choose one of shapes, shapes-second, shapes-scenes, csv, msrvtt" in message(
+        read_clips, "imagenet", tmp_path
+    )
     assert "--annotations FILE" in message(read_clips, "csv", tmp_path)
 
 

@@ -34,9 +34,9 @@ from engine.queries import (
     build_query,
     difference,
     fold,
-    seconds,
     small_frames,
     split_time,
+    timestamp,
     unfit,
 )
 from engine.scoring import scores
@@ -226,6 +226,7 @@ def test_the_note_comes_where_random_captions_find_better_clips(searcher, monkey
 def test_calibration_is_stored_and_kept_while_the_library_hardly_changes(windows, monkeypatch):
     searcher, stored = searching(windows[0]), []
     monkeypatch.setattr(searcher.library, "describe", lambda about: stored.append(about["fit"]))
+    monkeypatch.setitem(searcher.library.about, "fit", {})  # as before the first index
     calibrate(searcher.library, searcher.model, {})
     captions = search.read_captions(None, {})
     best = searcher.score(searcher.text(captions), searcher.whole[1]).amax(dim=1).tolist()
@@ -304,8 +305,8 @@ def test_a_time_is_split_from_a_name_that_may_hold_an_at():
 
 
 def test_a_date_is_that_of_this_machine():
-    assert seconds("2024-01-31") == datetime.datetime(2024, 1, 31).timestamp()
-    assert seconds("2024-01-31T18:30") - seconds("2024-01-31") == 18.5 * 3600
+    assert timestamp("2024-01-31") == datetime.datetime(2024, 1, 31).timestamp()
+    assert timestamp("2024-01-31T18:30") - timestamp("2024-01-31") == 18.5 * 3600
 
 
 @pytest.mark.parametrize(
