@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import shapes  # noqa: E402
 from engine.datasets import Clip  # noqa: E402
 from engine.ffmpeg import check_ffmpeg  # noqa: E402
-from engine.queries import LOW, SAME, difference, likeness, small_frames  # noqa: E402
+from engine.queries import LOW, SAME, difference, similarity, small_frames  # noqa: E402
 from engine.searcher import RANDOM, SearchConfig, Searcher, read_captions, read_clip  # noqa: E402
 
 COPIES = {
@@ -82,7 +82,7 @@ def weights(world: World) -> None:
 
 def pictures(world: World, count: int = 200) -> None:
     """Average precision of a picture of another clip: clips that show the same shape in the same colour."""
-    found: dict[str, list[float]] = {"likeness": [], "exact score, the picture as text": []}
+    found: dict[str, list[float]] = {"similarity": [], "exact score, the picture as text": []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(count):
             scene = shapes.make_clip(0, 200_000 + number).scenes[number % 3]
@@ -90,7 +90,7 @@ def pictures(world: World, count: int = 200) -> None:
             own = world.searcher.picture(Path(folder, "picture.png"))
             fits = world.show(colour=scene.colour, shape=scene.shape)
             if fits.any():
-                like = likeness(own, world.frames).amax(dim=-1).mean(dim=-1)
+                like = similarity(own, world.frames).amax(dim=-1).mean(dim=-1)
                 exact = world.searcher.score(own, world.frames)[0]
                 for name, score in zip(found, (like, exact)):
                     found[name].append(precision(score, fits))

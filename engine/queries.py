@@ -1,7 +1,7 @@
 """What is asked of a library, and what is found: weighted texts and pictures, filters, near-duplicates.
 
 The score of a clip is a sum over what is asked for: its weight times the exact score of `evaluate.scores` for
-a text, times `likeness` for a picture or another clip.
+a text, times `similarity` for a picture or another clip.
 """
 
 import datetime
@@ -181,7 +181,7 @@ def changed(row: dict) -> float:
 # -------------------------------------------------------------------------------------------- what is found
 
 
-def likeness(
+def similarity(
     own: Float[Tensor, "own dim"], frames: Float[Tensor, "clips frames dim"]
 ) -> Float[Tensor, "clips own frames"]:
     """The cosine of each frame of a picture or clip with each frame of the clips of a library.

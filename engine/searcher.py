@@ -36,7 +36,17 @@ from engine.firstpass import PIECE, SAMPLE, FirstLook
 from engine.frames import decode_frames, duration, resize
 from engine.library import Library, Rows, filmstrip, identity, stamp
 from engine.pictures import read_picture
-from engine.queries import Hit, Query, build_query, eligible, fold, likeness, small_frames, split_time, unfit
+from engine.queries import (
+    Hit,
+    Query,
+    build_query,
+    eligible,
+    fold,
+    similarity,
+    small_frames,
+    split_time,
+    unfit,
+)
 from engine.scoring import noise_bank, scores
 from model import TMASS
 
@@ -167,7 +177,7 @@ class Searcher:
         return _finite(score, f"{self.name} and {self.library.where} give scores")
 
     def total(self, query: Query, frames: Float[Tensor, "clips frames dim"]) -> Float[Tensor, " clips"]:
-        """The score of clips for a query: over its parts, the sum of weight times exact score or likeness."""
+        """The score of clips for a query: over its parts, the sum of weight times exact score or similarity."""
         total = torch.zeros(len(frames), device=self.device)
         if query.texts:
             weights = torch.tensor([part.weight for part in query.texts], device=self.device)
@@ -175,7 +185,7 @@ class Searcher:
             total += (weights[:, None] * score).sum(dim=0)
         for part in query.parts:
             if part.frames is not None:
-                like = likeness(part.frames.to(self.device), frames.to(self.device))
+                like = similarity(part.frames.to(self.device), frames.to(self.device))
                 total += part.weight * like.amax(dim=-1).mean(dim=-1)
         return total
 
@@ -261,7 +271,7 @@ class Searcher:
             if (
                 part.frames is not None
             ):  # each of its frames gives its weight to the frame that is most like it
-                cosine = likeness(part.frames.to(self.device), frames)
+                cosine = similarity(part.frames.to(self.device), frames)
                 own = F.one_hot(cosine.argmax(dim=-1), cosine.shape[-1]).float().mean(dim=1)
                 fit = own + 1e-3 * cosine.mean(dim=1)
             else:
@@ -272,7 +282,7 @@ class Searcher:
                     own = fit = psi.attention(text, frames)[0].mean(dim=1)
                 else:
                     own = torch.full_like(weights, 1 / frames.shape[1])
-                    fit = likeness(text, frames)[:, 0]
+                    fit = similarity(text, frames)[:, 0]
                 if radius is not None and part is query.parts[0]:
                     radii = radius(text, frames, psi(text, frames))[0].mean(dim=-1).tolist()
             weights, fits = weights + share * own, fits + share * fit

@@ -78,7 +78,7 @@ def ask(text="", **more):
 
 
 @pytest.mark.parametrize("shortlist", [None, 1])  # 1: the library does not count as small
-def test_a_score_is_the_sum_of_weight_times_exact_score_or_likeness(indexed, shortlist):
+def test_a_score_is_the_sum_of_weight_times_exact_score_or_similarity(indexed, shortlist):
     searcher = searching(indexed[0], M=5, **({"shortlist": shortlist} if shortlist else {}))
     captions, weights = ["a red ring", "at sea", "a star", "snow"], [1.0, 0.5, -2.0, NOT]
     rows, frames = zip(*searcher.library.batches())
