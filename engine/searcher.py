@@ -177,7 +177,7 @@ class Searcher:
         return _finite(score, f"{self.name} and {self.library.where} give scores")
 
     def total(self, query: Query, frames: Float[Tensor, "clips frames dim"]) -> Float[Tensor, " clips"]:
-        """The score of clips for a query: over its parts, the sum of weight times exact score or similarity."""
+        """The score of clips for a query: over its parts, the sum of weight times score or similarity."""
         total = torch.zeros(len(frames), device=self.device)
         if query.texts:
             weights = torch.tensor([part.weight for part in query.texts], device=self.device)
