@@ -87,10 +87,11 @@ def query(config: QueryConfig) -> int:
     where = {name: getattr(config, name) for name in ("inside", "newer", "older", "all")}
     asked = build_query(config.text, config.also, config.unlike, pictures, **where, without=own)
     hits = searcher.search(asked, config.k)
-    for note in [searcher.name] * searcher.zero_shot + searcher.notes(asked, hits):
+    notes = searcher.notes(asked, hits)
+    for note in [searcher.name] * searcher.zero_shot + notes:
         print(printable(f"note: {note}"), file=sys.stderr)
     if config.html is not None:
-        server.write_page(config.html, searcher, _title(config), hits, searcher.notes(asked, hits))
+        server.write_page(config.html, searcher, _title(config), hits, notes)
         print(f"written: {config.html}", file=sys.stderr)
     if config.json:
         print(json.dumps([asdict(hit) for hit in hits], indent=2))

@@ -96,14 +96,13 @@ def score_mass(
     text: Text, radius: Pairs, video: Pairs, config: Config, scale: Tensor
 ) -> Float[Tensor, "texts videos"]:
     """cos(t_s, v), with t_s drawn as --pairs says; or, of every pair, a best of M draws."""
-    prior = dict(prior=config.prior, std=config.prior_std)
     if config.pairs == "delta":
-        return Delta(config.M, **prior).of(text[:, None], radius, video)
+        return Delta(config.M, **config.eps).of(text[:, None], radius, video)
     if config.pairs in ("draws", "soft"):
-        noise = sample_noise(config.M, text.shape[1], **prior, device=text.device)
+        noise = sample_noise(config.M, text.shape[1], **config.eps, device=text.device)
         return best_of_draws(text, radius, video, noise, scale if config.pairs == "soft" else None)
     mass = matched(radius)[:, None] if config.pairs == "matched" else radius  # (texts, 1 or videos, dim)
-    noise = sample_noise(1, *mass.shape, **prior, device=mass.device)  # eps
+    noise = sample_noise(1, *mass.shape, **config.eps, device=mass.device)  # eps
     return cosine_scores(stochastic_text(text, mass, noise)[0].squeeze(1), video)  # t_s = t + R eps
 
 
@@ -217,10 +216,11 @@ def validate(
     options = dict(amp=config.amp, store=None if keep == "none" else feature_cache(cache, model), keep=keep)
     features = extract_features(model, clips[own], cache, config.batch, config.workers, **options)
     text, owner = gather(features.text), gather(features.owner + own.start)
-    noise = noise_bank(config.M, text.shape[1], config.seed, config.prior, config.prior_std)
+    noise = noise_bank(config.M, text.shape[1], config.seed, **config.eps)
     matrix = gather(scores(model.eval(), text, features.frames, noise).T.contiguous()).T
-    own_pairs, prior = vars(features).values(), dict(prior=config.prior, std=config.prior_std)
-    ratio = None if model.radius is None else noise_ratio(model, *own_pairs, **prior)
+    ratio, sizes = None, (features.text, features.frames, features.owner)
+    if model.radius is not None:
+        ratio = noise_ratio(model, *sizes, **config.eps)
     try:
         return retrieval_metrics(matrix, owner), ratio
     except ValueError as error:

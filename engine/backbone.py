@@ -201,10 +201,14 @@ def clip_sizes(state: dict) -> dict:
     return sizes
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Returns a hash of a module's weights, and of its activation if it is not OpenAI's: 16 hex digits."""
+def fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """Returns a hash of a module's weights, and of its activation if it is not OpenAI's: 16 hex digits.
+
+    without: beginnings of the names of weights that do not count."""
     weights = hashlib.sha256(b"gelu" if activation_of(module) == "gelu" else b"")
     for name, value in module.state_dict().items():
+        if name.startswith(without):
+            continue
         weights.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return weights.hexdigest()[:16]
 

@@ -94,6 +94,11 @@ class Config:
     max_pixels: int = MAX_PIXELS  # of a frame; a video with larger frames is refused
     time_limit: float = TIME_LIMIT  # seconds to read a file, plus 300 a MiB of it; longer: refused
 
+    @property
+    def eps(self) -> dict[str, str | float]:
+        """The distribution of eps, as `model.sample_noise` takes it."""
+        return dict(prior=self.prior, std=self.prior_std)
+
 
 # The --fusion and --radius of each method.
 METHODS = {"clip": ("mean", "none"), "xpool": ("xpool", "none"), "tmass": ("xpool", "linear")}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.controls import CONTROLS, Control
-from engine.scoring import best_of
+from engine.scoring import Delta
 from losses import LOSSES, stochastic_loss, support_loss, text_loss
 from model import (
     TMASS,
@@ -62,7 +62,7 @@ def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> di
         own = matched(video)
         sims = (F.normalize(text, dim=-1)[:, None] * F.normalize(frames, dim=-1)).sum(dim=-1)
         mass = radius.from_similarities(sims, text, own)  # R of matched pairs, (texts, dim)
-        noise = sample_noise(1, len(text), 1, text.shape[1], **prior_of(config), device=text.device)
+        noise = sample_noise(1, len(text), 1, text.shape[1], **config.eps, device=text.device)
         t_s = stochastic_text(text, mass[:, None], noise)[0].squeeze(1)
         t_sup = support_text(text, own, mass) if config.alpha else None
         mass_scores = _Cosines.apply(F.normalize(t_s, dim=-1), video)
@@ -72,11 +72,6 @@ def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> di
         mass_scores = joint_delta(radius, text, frames, video, config.M, config.prior_std)
         return dict(text=text, video=video, mass_scores=mass_scores)
     return None
-
-
-def prior_of(config: Config) -> dict[str, str | float]:
-    """The distribution of eps, as `sample_noise` takes it."""
-    return dict(prior=config.prior, std=config.prior_std)
 
 
 # ------------------------------------------------------------------------------------------------------- psi
@@ -173,11 +168,8 @@ def joint_delta(
     linear = radius.linear(cosine_similarities(text, frames))  # S W + b
     e = torch.addmm(linear.flatten(0, 1), hidden.flatten(0, 1), radius.out.weight.T).view_as(video)
     x, r, A, B, C = _Sums.apply(e, text[:, None], video)
-    s2 = std**2
-    n = (text.square().sum(dim=-1, keepdim=True) + s2 * r).clamp_min(1e-24)
-    mean = (x - s2 * B / n + 1.5 * s2 * (x / n) * (C / n)) / n.sqrt()
-    variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
-    return (mean + best_of(M) * variance.clamp_min(1e-20).sqrt()) / length.squeeze(-1)
+    n = (text.square().sum(dim=-1, keepdim=True) + std**2 * r).clamp_min(1e-24)
+    return Delta(M, std=std).from_sums(x, n, A, B, C) / length.squeeze(-1)
 
 
 class _Sums(torch.autograd.Function):

@@ -72,14 +72,10 @@ class TextCache:
     """phi_t of the captions of one list of clips on disk, one .npy, float32 (texts, dim)."""
 
     def __init__(self, frames: FrameCache, model: TMASS, tokens: Int[Tensor, "texts tokens"]):
-        content = hashlib.sha256(tokens.numpy().tobytes())
-        content.update(fingerprint(model.clip.transformer).encode())
-        for part in (model.clip.token_embedding.weight, model.clip.positional_embedding):
-            content.update(part.detach().cpu().numpy().tobytes())
-        for part in (*model.clip.ln_final.parameters(), model.clip.text_projection):
-            content.update(part.detach().cpu().numpy().tobytes())
+        captions = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+        weights = fingerprint(model.clip, without=("visual.", "logit_scale"))
         self.shape = len(tokens), model.clip.text_projection.shape[1]
-        self.path = frames.folder / "texts" / f"{content.hexdigest()[:32]}.npy"
+        self.path = frames.folder / "texts" / f"{weights}-{captions}.npy"
 
     def load(self) -> Float[Tensor, "texts dim"] | None:
         """The features; None if there are none, or the file is damaged."""
@@ -127,7 +123,7 @@ def extract_features(
     amp, tokens, texts = "off" if keep in ("vision", "clip") else amp, torch.cat(dataset.tokens), None
     if store and keep in ("text", "clip") and resolve_amp(device, amp) == "off":
         texts = TextCache(cache, model, tokens)
-    known = texts.load() if texts else None
+    text = texts.load() if texts else None
     bar = functools.partial(tqdm, desc="features", total=len(order), disable=len(order) < 20, leave=False)
     with autocast(device, amp):
         for numbers, (images, _) in zip(order, bar(batches(dataset, order, workers))):
@@ -135,15 +131,15 @@ def extract_features(
                 frames[number] = features
                 if store and keep in ("vision", "clip"):
                     store.save(clips[number], features)
-        if known is None:
+        if text is None:
             text = torch.cat([model.encode_text(part.to(device)) for part in tokens.split(8 * batch)])
-    if texts and known is None:
-        texts.save(text)
+            if texts:
+                texts.save(text)
     model.train(training)
     counts = torch.tensor([len(clip.captions) for clip in clips])
     owner = torch.repeat_interleave(torch.arange(len(clips)), counts)
     stacked = torch.stack([features.to(device) for features in frames])
-    return Features(text if known is None else known.to(device), stacked, owner.to(device))
+    return Features(text.to(device), stacked, owner.to(device))
 
 
 def cache(

@@ -123,12 +123,8 @@ class Fitted:
 
     def all_scores(self, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> Float[Tensor, " clips"]:
         """The approximate scores of all pieces (frames, scale), with a thread for each of torch's."""
-        pieces = list(pieces)
-        found, turns, threads = (
-            [torch.empty(0)] * len(pieces),
-            iter(range(len(pieces))),
-            torch.get_num_threads(),
-        )
+        pieces, threads = list(pieces), torch.get_num_threads()
+        found, turns = [torch.empty(0)] * len(pieces), iter(range(len(pieces)))
 
         def work(_: int) -> None:
             buffer = self.buffer(pieces[0][0])

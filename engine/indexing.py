@@ -208,16 +208,14 @@ def _update(db: Library, model: TMASS, found: Folder, config: IndexConfig, part:
                 db.finish(rows)
     if part.count == 1:
         db.merge()
-    db.close()
     total, files, count = time.time() - started, db.files(), len(db)
     clips, new = sum(files[file]["clips"] for file in todo), sum(file not in known for file in todo)
     broken = [row["error"] for file, row in files.items() if row["error"] and part.has(file)]
     changes = f"{new} new, {len(todo) - new} read again, {len(gone)} removed, {len(same)} unchanged"
     changes += f", {len(broken)} broken" + (f", {kept.total()} kept" if kept else "")
     stages = ", ".join(f"{stage} {time:.1f} s" for stage, time in seconds.items())
-    rate = (
-        f", {clips} clips encoded in {total:.1f} s ({clips / total:.1f} clips/s; {stages})" if clips else ""
-    )
+    rate = f" ({clips / total:.1f} clips/s; {stages})" if clips else ""
+    rate = f", {clips} clips encoded in {total:.1f} s{rate}" if clips else ""
     own = f"part {part}: " if part.count > 1 else ""
     print(f"{db.where}: {count} clips of {len(files)} files; {own}{changes}{rate}")
     for error in broken:

@@ -155,17 +155,26 @@ class Delta:
 
     def of(self, text: Tensor, radius: Tensor, video: Tensor) -> Tensor:
         """The score of each pair. Sums over the last axis, the channels."""
-        mu, s2 = (0.5, 1 / 12) if self.prior == "uniform" else (0.0, self.std**2)
+        mu, s2 = self.moments
         t = text + mu * radius if mu else text
         r2 = radius.square()
         x = (t * video).sum(-1)
         n = (t.square().sum(-1) + s2 * r2.sum(-1)).clamp_min(1e-24)
         r2v, r2t = r2 * video, r2 * t
         A, B, C = (r2v * video).sum(-1), (r2v * t).sum(-1), (r2t * t).sum(-1)
+        return self.from_sums(x, n, A, B, C) / video.norm(dim=-1).clamp_min(1e-12)
+
+    @property
+    def moments(self) -> tuple[float, float]:
+        """mu and s^2 of eps."""
+        return (0.5, 1 / 12) if self.prior == "uniform" else (0.0, self.std**2)
+
+    def from_sums(self, x: Tensor, n: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """The score times |v|, of the sums over channels that the class names."""
+        _, s2 = self.moments
         mean = (x - s2 * B / n + 1.5 * s2 * (x / n) * (C / n)) / n.sqrt()  # n n would overflow
         variance = s2 * (A - 2 * (x / n) * B + (x / n).square() * C) / n
-        best = mean + best_of(self.M) * variance.clamp_min(1e-20).sqrt()
-        return best / video.norm(dim=-1).clamp_min(1e-12)
+        return mean + best_of(self.M) * variance.clamp_min(1e-20).sqrt()
 
 
 @functools.cache

@@ -92,9 +92,8 @@ class SearchConfig:
     library: str = "library.db"  # a folder that ends in .db, or a Milvus server, http://host:19530
     M: int = 20  # texts drawn for each text-video pair; 0 scores t itself
     seed: int = 0  # seed of the draws
-    shortlist: int | None = (
-        None  # clips found by vector search and scored exactly; default: see docs/search.md
-    )
+    shortlist: int | None = None
+    """clips found by vector search and scored exactly; default: see docs/search.md"""
     captions: Path | None = None  # text file with one caption per line, for a clip; default: a built-in list
     checkpoint: Path | None = None  # where the library's model is now, if it was moved
     device: str = "auto"  # auto, cpu, cuda
@@ -268,9 +267,7 @@ class Searcher:
         radii = [None] * len(frames)
         for part in parts:
             share = part.weight / sum(part.weight for part in parts)
-            if (
-                part.frames is not None
-            ):  # each of its frames gives its weight to the frame that is most like it
+            if part.frames is not None:  # each frame gives its weight to the one that is most like it
                 cosine = similarity(part.frames.to(self.device), frames)
                 own = F.one_hot(cosine.argmax(dim=-1), cosine.shape[-1]).float().mean(dim=1)
                 fit = own + 1e-3 * cosine.mean(dim=1)
@@ -278,7 +275,7 @@ class Searcher:
                 text = self._features((part.text,))
                 if inspect.ismethod(
                     getattr(psi, "attention", None)
-                ):  # as XPool's: (texts, clips, heads, frames)
+                ):  # as XPool's: (texts, clips, heads, ...)
                     own = fit = psi.attention(text, frames)[0].mean(dim=1)
                 else:
                     own = torch.full_like(weights, 1 / frames.shape[1])
