@@ -85,6 +85,7 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 
 Images = UInt8[Tensor, "frames 3 size size"] | Float[Tensor, "frames dim"]  # of one clip, or their features
 Batch = list[tuple[int, int]]  # numbers of (clip, caption)
+Seeds = tuple[int, int] | None  # (seed, epoch)
 Tokens = Int[Tensor, " tokens"] | Float[Tensor, " dim"]  # of one caption, or its features
 
 
@@ -116,18 +117,17 @@ class ClipDataset(torch.utils.data.Dataset):
     tokens: one tensor for each clip; it may hold features of the captions in their place."""
 
     features: Float[Tensor, "videos frames dim"] | None = None
-    sampling: tuple[int, int] | None = None
+    sampling: Seeds = None
 
     def __init__(
-        self,
-        clips: Sequence[Clip],
-        cache: FrameCache,
-        context_length: int = 77,
-        augmentation: tuple[int, int] | None = None,
+        self, clips: Sequence[Clip], cache: FrameCache, context_length: int = 77, augmentation: Seeds = None
     ):
-        self.clips, self.cache, self.augmentation = clips, cache, augmentation
-        tokens = tokenize([caption for clip in clips for caption in clip.captions], context_length)
-        self.tokens = tokens.split([len(clip.captions) for clip in clips])
+        self.clips, self.cache, self.length, self.augmentation = clips, cache, context_length, augmentation
+
+    @functools.cached_property
+    def tokens(self) -> Sequence[Tensor]:
+        captions = [caption for clip in self.clips for caption in clip.captions]
+        return tokenize(captions, self.length).split([len(clip.captions) for clip in self.clips])
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -124,7 +124,7 @@ def open_run(config: EvaluationConfig, path: Path) -> Opened:
     if (world := rank_and_world()[1]) > len(clips):
         raise ModelError(f"{world} processes for {len(clips)} videos: start fewer.")
     own = shard(len(clips))
-    options = config.amp, store, "text" if trained.get("freeze") == "clip" else "none"
+    options = config.amp, store, trained.get("freeze", "none")  # of a frozen encoder: kept, without autocast
     features = extract_features(model, clips[own], cache, config.batch, config.workers, *options)
     features = replace(features, text=gather(features.text), owner=gather(features.owner + own.start))
     relevance = DATASETS[dataset].relevance

@@ -64,13 +64,13 @@ from engine.config import (
 from engine.datasets import of_split, read_clips
 from engine.distributed import choose_device
 from engine.experiment import read_log
-from engine.features import feature_cache
 from engine.files import DataError, ModelError, write_atomic, writing
 from engine.intervals import over_seeds, over_seeds_and_clips
 from engine.metrics import first_hits
 from engine.paper_tables import (
     DIGITS,
     END,
+    HEADS,
     HONEST,
     LEAKS,
     QUERIES,
@@ -116,8 +116,6 @@ ADVICE = "free some space, or name another --out; finished cells are kept."
 SCORED = "scores-3"  # folder of a cell's results; another number when metrics change: all is scored anew
 RATIO = START.replace("\\", "")  # as the figure shows it
 SETS = {"second": "shapes-second", "scenes": "shapes-scenes"}  # splits that are data sets of their own
-# On the built-in clips psi and R train alone, on fixed features. Rates: tuned for X-Pool on validation.
-HEADS = dict(freeze="clip", batch=32, epochs=3, clip_lr=3e-4, head_lr=5e-4)
 
 
 def cell_config(config: ReproduceConfig, flags: dict, seed: int) -> Config:
@@ -147,10 +145,10 @@ def root(config: ReproduceConfig) -> Path:
 def cell_folder(config: ReproduceConfig, flags: dict, seed: int) -> Path:
     """Returns a cell's folder, named by its flags. Rows of several tables with the same flags share it.
 
-    With the paper's recipe, flags at their defaults are left out of the name."""
+    With the paper's recipe, flags at their defaults are left out of the name, but for those of HEADS."""
     default = vars(Config()) if flags.get("recipe", "paper") == "paper" else {}
-    named = [name for name in flags if name != "method" and flags[name] != default.get(name)]
-    parts = [f"{name}={flags[name]}" for name in named]
+    named = [name for name in flags if name in HEADS or flags[name] != default.get(name)]
+    parts = [f"{name}={flags[name]}" for name in named if name != "method"]
     parts += [f"freeze={config.freeze}"] if config.freeze and "freeze" not in flags else []
     return root(config) / "-".join([flags["method"], *parts]) / f"seed{seed}"
 
@@ -177,10 +175,14 @@ class Jobs:
                     self.cells[cell.out] = cell
                     keys = {one_caption(row.score), "LEAKS"} if table.leaks else set()
                     keys |= {table.key(row)}
-                    asked = {(self.config.split, key) for key in keys}
+                    asked = {(self.split(table), key) for key in keys}
                     if table.scenes and self.config.dataset == "shapes":
                         asked |= {("scenes", table.key(row))}
                     self.scores.setdefault(cell.out, set()).update(asked)
+
+    def split(self, table: Table) -> str:
+        """Returns the split that a table is of."""
+        return "val" if table.choice else self.config.split
 
     def missing(self, cell: Path) -> list[tuple[str, str]]:
         """Returns the ways to score a cell that have no result yet; neighbours share their scores."""
@@ -238,8 +240,6 @@ class Jobs:
             started, last = time.time(), (None, None)
             where = dict(split="test", dataset=SETS[split]) if split in SETS else dict(split=split)
             opened = open_run(EvaluationConfig(**asked, **where), cell)
-            if config.freeze != "none":  # the features are those of all cells
-                keep_features(opened)
             for _, key in ways:
                 flags = SCORES[key.removeprefix(QUERIES)]
                 evaluation = EvaluationConfig(**asked, **where, **flags)
@@ -322,14 +322,6 @@ def claim(cell: Path, wait: bool) -> Iterator[bool]:
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
-def keep_features(opened: Opened) -> None:
-    """Writes the features of frames that are not in the cache yet; phi_v must be as pretrained."""
-    store = feature_cache(opened.cache, opened.model)
-    for clip, frames in zip(opened.clips, opened.features.frames):
-        if not store.path(clip).exists():
-            store.save(clip, frames)
-
-
 def score(
     config: EvaluationConfig, opened: Opened, matrix: Float[Tensor, "texts videos"] | None = None
 ) -> tuple[dict, Float[Tensor, "texts videos"]]:
@@ -400,6 +392,7 @@ def summary(jobs: Jobs, table: Table, split: str | None = None) -> dict[str, dic
     """Returns of each row "values" {metric: {seed: value}}, "differences" {metric: over_seeds, and "clips":
     clip_interval} and others. split: another one than that of the command."""
     content: dict[str, dict] = {}
+    split = split or jobs.split(table)
     results = {row.name: jobs.read(row, table.key(row), split) for row in table.rows}
     for row in table.rows:
         values: dict[str, dict[int, float]] = {}
@@ -466,18 +459,19 @@ def write(jobs: Jobs, name: str, command: str) -> Path:
     With another split than test, NAME is followed by it: NAME-second.md."""
     table, folder, config = jobs.tables[name], root(jobs.config), jobs.config
     content, analysis, further = summary(jobs, table), *analyse(jobs, name)
-    file = name if config.split == "test" else f"{name}-{config.split}"
-    if config.split == "second":
+    split = jobs.split(table)
+    file = name if split == "test" else f"{name}-{split}"
+    if split == "second":
         further = beside(table, summary(jobs, table, "test"), content) + ("\n\n" + further if further else "")
     for row in table.rows if name == "curves" else ():
         content[row.name]["curves"] = curves_of(jobs, row)
-    results = [found for row in table.rows for found in jobs.read(row, table.key(row)).values()]
+    results = [found for row in table.rows for found in jobs.read(row, table.key(row), split).values()]
     cells = jobs.cells_of(table)
     failed = {str(cell.relative_to(folder)): why for cell, why in jobs.failed.items() if cell in cells}
     machines = sorted({result["machine"] for result in results})
     sizes = sorted({(result["texts"], result["videos"], result["listed"]) for result in results})
     minutes = sum(map(seconds_of, cells)) / 60
-    about = dict(title=table.title, note=table.note, command=command, seeds=config.seeds, split=config.split)
+    about = dict(title=table.title, note=table.note, command=command, seeds=config.seeds, split=split)
     about |= dict(minutes=round(minutes, 2), machine=machines, failed=failed, sizes=sizes)
     _write(
         folder / f"{file}.json", {**about, "rows": content, **({"analysis": analysis} if analysis else {})}
@@ -490,7 +484,7 @@ def write(jobs: Jobs, name: str, command: str) -> Path:
         markdown(table, content),
         further,
         f"![{table.title}](reproduce_{file}.png)",
-        f"`{command}`: {config.dataset}, {config.split} split, {'; '.join(of)}, `--freeze {freeze}`, "
+        f"`{command}`: {config.dataset}, {split} split, {'; '.join(of)}, `--freeze {freeze}`, "
         f"{config.seeds} seeds, mean ± std over them; {minutes:.0f} minutes of training and scoring (cells "
         f"shared with other tables included) on {', '.join(machines)}.",
         f"Not complete: {len(failed)} cells failed, listed in {file}.json." if failed else "",

@@ -13,10 +13,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy  # its stats are loaded when they are used
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from engine.controls import dispersion
@@ -349,7 +349,7 @@ def levels(uncertain: Float[np.ndarray, " queries"], hits: Float[np.ndarray, " q
     if np.ptp(bins) < 1e-9:
         return {"levels": bins.tolist(), "S": 0.0, "R2": 0.0, "-S R2": 0.0}
     number = np.arange(len(bins))
-    S, R2 = float(spearmanr(number, bins)[0]), float(pearsonr(number, bins)[0] ** 2)
+    S, R2 = float(scipy.stats.spearmanr(number, bins)[0]), float(scipy.stats.pearsonr(number, bins)[0] ** 2)
     return {"levels": bins.tolist(), "S": S, "R2": R2, "-S R2": -S * R2}
 
 
@@ -381,7 +381,7 @@ def uncertainty(results: Results) -> tuple[dict, str]:
                     area = rejection(uncertain, queries["t2v fits@1"])["area"]
                     numbers |= {"fits -S R2": other, "fits area": area}
                 if "fitting" in queries and np.ptp(uncertain) > 0 and np.ptp(queries["fitting"]) > 0:
-                    numbers["fitting"] = float(spearmanr(uncertain, queries["fitting"])[0])
+                    numbers["fitting"] = float(scipy.stats.spearmanr(uncertain, queries["fitting"])[0])
                 content[row].setdefault(name, {})[seed] = numbers
     head = ["", "uncertainty", "S", "R²", "-S R²", "mean R@1 under rejection", "-S R² of fits@1"]
     lines = [[*head, "mean fits@1 under rejection", "Spearman with fitting clips"]]

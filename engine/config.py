@@ -16,6 +16,7 @@ from engine.controls import CONTROLS as CONTROLS  # adds its psi to FUSIONS
 from engine.datasets import DATASETS
 from engine.ffmpeg import MAX_PIXELS, TIME_LIMIT
 from engine.files import ModelError
+from engine.masses import TwoMasses as TwoMasses  # adds its psi and the radii of its file
 from model import FUSIONS, RADII
 
 # ---- training: the comment or docstring of a field is its text in --help
@@ -166,8 +167,8 @@ class EvaluationConfig:
     M: int = 20  # texts drawn per text-video pair ("Inference Pipeline"); 0 scores t itself
     score: Literal["sampled", "mean", "expected", "mc", "delta"] = "sampled"
     """sampled: best of M draws (the paper); mean: t itself; expected: the expected best of M, by the exact
-    moments of a score; mc: the same by Monte Carlo, 50 banks of M draws; delta: a closed form that is the
-    expectation only where R is nearly even over channels; --recipe best trains with it"""
+    moments of a score; mc: the same by Monte Carlo, 50 banks of M draws, more where M < 20; delta: a closed
+    form that is the expectation only where R is nearly even over channels; --recipe best trains with it"""
     prior: Literal["normal", "uniform"] | None = None
     """of eps; default: as in training; released checkpoints: uniform, and N(0, 0.003^2) for LSMDC"""
     prior_std: float | None = None  # standard deviation of the normal prior; default: as in training

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from engine.config import Config
-from engine.controls import CONTROLS, Control
+from engine.controls import Control
 from engine.scoring import Delta
 from losses import LOSSES, stochastic_loss, support_loss, text_loss
 from model import (
@@ -50,7 +50,7 @@ KNOWN_RADII = (FixedRadius, ScalarRadius, LinearRadius, JointRadius)
 def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> dict[str, Tensor | None] | None:
     """The symbols of tmass_loss for a batch, or None where only the literal form is known to be right."""
     psi, radius, pairs = model.fusion, model.radius, config.pairs
-    control = type(psi) in CONTROLS.values() and type(psi).forward is Control.forward and radius is None
+    control = isinstance(psi, Control) and type(psi).forward is Control.forward and radius is None
     known = type(psi) is XPool or control
     if not known or psi.heads > 1 or psi.dropout.p > 0.99 or LOSSES != KNOWN_LOSSES:
         return None

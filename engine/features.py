@@ -5,6 +5,7 @@
 import functools
 import hashlib
 import io
+import json
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from data import ClipDataset, batches, normalise, report
-from engine.backbone import autocast, fingerprint, load_clip, resolve_amp
+from engine.backbone import autocast, fingerprint, load_clip
 from engine.datasets import Clip, cache_folder, read_clips
 from engine.distributed import choose_device
 from engine.frames import CHOICES, FrameCache, file_name, is_current, save
@@ -71,11 +72,11 @@ class FeatureCache:
 class TextCache:
     """phi_t of the captions of one list of clips on disk, one .npy, float32 (texts, dim)."""
 
-    def __init__(self, frames: FrameCache, model: TMASS, tokens: Int[Tensor, "texts tokens"]):
-        captions = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+    def __init__(self, frames: FrameCache, model: TMASS, captions: Sequence[str]):
+        name = hashlib.sha256(json.dumps([model.clip.context_length, *captions]).encode()).hexdigest()[:16]
         weights = fingerprint(model.clip, without=("visual.", "logit_scale"))
-        self.shape = len(tokens), model.clip.text_projection.shape[1]
-        self.path = frames.folder / "texts" / f"{weights}-{captions}.npy"
+        self.shape = len(captions), model.clip.text_projection.shape[1]
+        self.path = frames.folder / "texts" / f"{weights}-{name}.npy"
 
     def load(self) -> Float[Tensor, "texts dim"] | None:
         """The features; None if there are none, or the file is damaged."""
@@ -107,12 +108,12 @@ def extract_features(
     workers: int = 0,
     amp: str = "off",
     store: FeatureCache | None = None,
-    keep: Literal["none", "vision", "text", "clip"] = "none",
+    keep: Literal["none", "vision", "clip"] = "none",
 ) -> Features:
     """phi_t of every caption and phi_v of every frame, in eval mode, on the model's device, float32.
 
-    store: a cache to read features from. keep: whose features are also written to it: phi_v's ("vision"),
-    computed without autocast; phi_t's ("text"), where there is no autocast; or both ("clip").
+    store: a cache to read features from. keep: whose features are also written to it, and all are computed
+    without autocast then: phi_v's ("vision"), or those of both ("clip"), as with --freeze.
     Raises DataError if a clip cannot be read."""
     training, device = model.training, model.logit_scale.device
     model.eval()
@@ -120,9 +121,9 @@ def extract_features(
     frames: list[Tensor | None] = [store.load(clip) if store else None for clip in clips]
     todo = [number for number, known in enumerate(frames) if known is None]
     order = [todo[k : k + batch] for k in range(0, len(todo), batch)]
-    amp, tokens, texts = "off" if keep in ("vision", "clip") else amp, torch.cat(dataset.tokens), None
-    if store and keep in ("text", "clip") and resolve_amp(device, amp) == "off":
-        texts = TextCache(cache, model, tokens)
+    amp, texts = "off" if keep in ("vision", "clip") else amp, None
+    if store and keep == "clip":
+        texts = TextCache(cache, model, [caption for clip in clips for caption in clip.captions])
     text = texts.load() if texts else None
     bar = functools.partial(tqdm, desc="features", total=len(order), disable=len(order) < 20, leave=False)
     with autocast(device, amp):
@@ -132,7 +133,8 @@ def extract_features(
                 if store and keep in ("vision", "clip"):
                     store.save(clips[number], features)
         if text is None:
-            text = torch.cat([model.encode_text(part.to(device)) for part in tokens.split(8 * batch)])
+            tokens = torch.cat(dataset.tokens).split(8 * batch)
+            text = torch.cat([model.encode_text(part.to(device)) for part in tokens])
             if texts:
                 texts.save(text)
     model.train(training)

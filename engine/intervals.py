@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Mapping
 
 import numpy as np
+import scipy  # its stats are loaded when they are used
 from jaxtyping import Float, Int
-from scipy.stats import t as student_t
 
 
 def over_seeds(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict | None:
@@ -22,7 +22,7 @@ def over_seeds(values: Mapping[int, float], baseline: Mapping[int, float]) -> di
     n = len(differences)
     if n == 0:
         return None
-    half = student_t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
+    half = scipy.stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
     return {"mean": statistics.mean(differences), "half": half, "seeds": n}
 
 

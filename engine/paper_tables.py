@@ -3,6 +3,7 @@
 To add one, add a Table to TABLES; `python reproduce.py --table NAME` then trains and scores its rows.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from engine.analysis import PAIRS
@@ -15,11 +16,14 @@ PAPER = {"method": "tmass", "recipe": "paper"}
 BEST = {"method": "tmass", "recipe": "best"}
 LAYER = {"method": "tmass", "radius": "none", "radius_lr": RECIPES["best"]["radius_lr"]}  # of a control
 
+# On the built-in clips psi and R train alone, on fixed features. Rates: tuned for X-Pool on validation.
+HEADS = dict(freeze="clip", batch=32, epochs=3, clip_lr=3e-4, head_lr=5e-4, dropout=0.3, weight_decay=0.01)
+
 # Ways to score a trained model, as flags of evaluate.py. Without a mass, t itself is scored in all of them.
 SCORES: dict[str, dict] = {
     **{f"M={M}": dict(M=M) for M in (0, 1, 5, 10, 20, 30, 50)},
-    "expected": dict(score="expected"), "delta": dict(score="delta"),
-    "expected, M=1": dict(score="expected", M=1), "delta, M=1": dict(score="delta", M=1),
+    "mc": dict(score="mc"), "mc, M=1": dict(score="mc", M=1),
+    "delta": dict(score="delta"), "delta, M=1": dict(score="delta", M=1),
     "first": dict(captions="first"), "first, delta": dict(captions="first", score="delta"),
     "first, M=0": dict(captions="first", M=0), "LEAKS": dict(captions="first", protocol="released"),
     "first, one draw": dict(captions="first", M=1, noise="independent"),
@@ -60,6 +64,7 @@ class Table:
     note: str = ""  # how the experiment of the paper is read
     queries: bool = False  # numbers of each query are kept too
     scenes: bool = False  # the rows are also scored on clips of other numbers of scenes
+    choice: bool = False  # settings to choose from: always scored on validation, whatever --split says
 
     def key(self, row: Row) -> str:
         """The name of a row's results: its key of SCORES, or QUERIES and it."""
@@ -72,6 +77,31 @@ MAIN = (
     Row("best recipe, delta form", BEST, "delta"),
 )  # fmt: skip
 
+RATES, DROPOUTS, DECAYS = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), (0.0, 0.1, 0.3, 0.5), (0.01, 0.2)
+
+
+def settings(name: str, flags: dict, rates=RATES, dropouts=DROPOUTS, decays=DECAYS) -> tuple[Row, ...]:
+    """A row for each rate of psi, dropout and weight decay."""
+    rows = []
+    for rate, dropout, decay in itertools.product(rates, dropouts, decays):
+        own = dict(head_lr=rate, dropout=dropout, weight_decay=decay)
+        own = {key: value for key, value in own.items() if value != HEADS[key]}  # the cells of other tables
+        rows.append(Row(f"{name}, rate {rate:g}, dropout {dropout:g}, decay {decay:g}", {**flags, **own}))
+    return tuple(rows)
+
+
+# Masses that were tried: (name, flags)
+MASSES = (
+    ("paper", PAPER), ("paper, initial R = 0.4", {**PAPER, "initial_radius": 0.4}),
+    ("paper, R in units of t, 0.3", {**PAPER, "radius": "relative", "initial_radius": 0.3}),
+    ("paper, bounded R, 0.3", {**PAPER, "radius": "bounded", "initial_radius": 0.3}),
+    ("best recipe", BEST), ("best recipe, trained by draws", {**BEST, "pairs": "draws"}),
+    ("best recipe, trained by soft draws", {**BEST, "pairs": "soft"}),
+    ("best recipe, bounded R, 0.3", {**BEST, "radius": "bounded", "initial_radius": 0.3}),
+    ("best recipe, bounded R, 0.3, trained by draws",
+     {**BEST, "radius": "bounded", "initial_radius": 0.3, "pairs": "draws"}),
+)  # fmt: skip
+
 FORMS = {"fixed": "exp(mean S)", "scalar": "exp(theta mean S)", "linear": "exp(S W + b)"}  # b: the release's
 
 TABLES: dict[str, Table] = {
@@ -80,6 +110,21 @@ TABLES: dict[str, Table] = {
         Row("T-MASS, paper, t alone", PAPER, "M=0"), Row("T-MASS, best recipe, delta form", BEST, "delta"),
         Row("T-MASS, best recipe, 20 draws", BEST), Row("T-MASS, best recipe, t alone", BEST, "M=0"),
     ), leaks=True, note="The released protocol needs one caption a clip, and pools each video by its own."),
+    "search": Table("settings of X-Pool and of both recipes, to choose from", (
+        *settings("X-Pool", XPOOL),
+        *settings("T-MASS, paper", PAPER, RATES[:4], DROPOUTS[:3], DECAYS[:1]),
+        *settings("T-MASS, best recipe", BEST, RATES[:4], DROPOUTS[:3], DECAYS[:1]),
+        *(Row(f"{name}, 6 epochs", {**flags, "epochs": 6})
+          for name, flags in (("X-Pool", XPOOL), ("T-MASS, paper", PAPER), ("T-MASS, best recipe", BEST))),
+    ), choice=True, columns=("t2v R@1", "t2v R@5", "t2v R@10", "v2t R@1"), compared=(),
+       note="On validation, by 20 draws. Rate: of psi, and of the paper's R. 3 epochs, if not said."),
+    "masses": Table("masses that were tried", (
+        Row("X-Pool", XPOOL),
+        *(Row(f"{name}{also}", flags, key)
+          for name, flags in MASSES for also, key in (("", "M=20"), (", t alone", "M=0"))),
+        Row("masses on both sides", {**LAYER, "fusion": "two-masses"}),
+    ), choice=True, columns=("t2v R@1", "t2v R@5", "t2v R@10", "v2t R@1"), compared=("t2v R@1",),
+       note="On validation, by 20 draws or by t alone. Forms: engine/masses.py."),
     "methods": Table("mean pooling, X-Pool and T-MASS, text-to-video and video-to-text", (
         Row("X-Pool", XPOOL), Row("mean pooling", MEAN), Row("T-MASS, paper", PAPER),
     ), note="Mean pooling has X-Pool's flags; with --freeze clip it is the pretrained CLIP, unchanged."),
@@ -106,8 +151,8 @@ TABLES: dict[str, Table] = {
         Row("number added", {**LAYER, "fusion": "number"}),
         Row("number of the text alone", {**LAYER, "fusion": "text-number"}),
         Row("dispersion of the frames", {**LAYER, "fusion": "dispersion"}),
-        Row("best recipe, M = 1: mean of a draw", {**BEST, "M": 1}, "expected, M=1"),
-        Row("best recipe, 20 draws", BEST), Row("best recipe, expected best", BEST, "expected"),
+        Row("best recipe, M = 1: mean of a draw", {**BEST, "M": 1}, "mc, M=1"),
+        Row("best recipe, 20 draws", BEST), Row("best recipe, expected best of 20", BEST, "mc"),
         Row("best recipe, by the delta form", BEST, "delta"), Row("best recipe, t alone", BEST, "M=0"),
         Row("T-MASS, paper", PAPER), Row("T-MASS, paper, t alone", PAPER, "M=0"),
     ), note="A control (engine/controls.py) trains the layer by L_ce of its own score, at the rate of R. "
@@ -160,7 +205,7 @@ TABLES: dict[str, Table] = {
        note="The rows of recipes and controls, by what is relevant and not by a caption's own clip alone."),
     "fine-tuning": Table("the text encoder learns, too", tuple(
         Row(row.name, {**row.flags, **TUNED}, row.score)
-        for row in (*MAIN, Row("best recipe, M = 1: mean of a draw", {**BEST, "M": 1}, "expected, M=1"))
+        for row in (*MAIN, Row("best recipe, M = 1: mean of a draw", {**BEST, "M": 1}, "mc, M=1"))
     ), note="--freeze vision: phi_t, psi and R learn on fixed features of the frames, with equal epochs and "
             "rates, which are meant for the built-in clips."),
     "radius-scale": Table("how large the noise is next to the text, the paper's recipe", tuple(

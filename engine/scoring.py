@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from losses import cosine_scores
-from model import TMASS, MeanPool, Pairs, Radius, Text, XPool, sample_noise, stochastic_text
+from model import TMASS, JointRadius, MeanPool, Pairs, Radius, Text, XPool, sample_noise, stochastic_text
 
 # ------------------------------------------------------------------------------------------------ noise
 
@@ -221,7 +221,7 @@ def choose_noise(score: str, noise: str, M: int, dim: int, seed: int, first_vide
             return PairNoise(M, seed, **prior, first_video=first_video)
         return noise_bank(M, dim, seed, **prior)
     if score == "mc":
-        return MonteCarlo(M, seed=seed, **prior)
+        return MonteCarlo(M, max(50, 1000 // max(1, M)), seed=seed, **prior)  # some 1,000 draws in all
     return {"expected": Expectation, "delta": Delta}[score](M, **prior)
 
 
@@ -431,8 +431,9 @@ class _Fast:
         x   = sum_k (a_k / sigma) z_k + c                    z_k = (I + P) gamma2 y_k,  c = (I + P) beta2 + p
         v   = gamma3 x / delta + beta3 = sum_k A_k atom_k    delta^2 = |x|^2 / dim + eps: LN3, z, c centred
     So v is one product of T' + 2 coefficients a pair with T' + 2 atoms a video. No dim x dim product is left
-    in the loop over pairs, except two of JointRadius. v . t and |v| come from the atoms too. Heads are more
-    k. t_s: with E the noise bank (M, dim), three products give all draws, without an (M, pairs, dim) tensor:
+    in the loop over pairs, except W_o of JointRadius: W_v v = sum_k A_k W_v atom_k. v . t and |v| come from
+    the atoms too. Heads are more k. t_s: with E the noise bank (M, dim), three products give all draws,
+    without an (M, pairs, dim) tensor:
         t_s . v = t . v + (R v) E',         |t_s|^2 = |t|^2 + 2 (R t) E' + (R R) (E E)'"""
 
     def __init__(self, task: _Task, pairs: int):
@@ -443,6 +444,9 @@ class _Fast:
             self.query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
             self.query = self.query / self.query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
         self.buffer = text.new_empty(3, pairs, text.shape[1])  # v; then R t and R R; R of each block
+        self.joint = type(task.model.radius) is JointRadius and task.draws > 0  # and no subclass
+        if self.joint:  # W_t t' + b, and t' has length sqrt(dim)
+            self.hidden = task.model.radius.text(self.unit * text.shape[1] ** 0.5)
 
     def prepare(self, videos: range) -> Callable[[range], Tensor]:
         """The function that scores texts with these videos."""
@@ -477,7 +481,10 @@ class _Fast:
             shape = (*dot.shape, text.shape[1])
             video = torch.bmm(A.mT, fused.atoms, out=self.buffer[0, : dot.numel()].view(shape))
         sims = _products(unit, self.unit[some]).mT  # S        (videos, texts, frames)
-        e = model.radius.exponent(sims, text, video)  # log R, (videos, texts, dim) or (videos, texts, 1)
+        if self.joint and fused is not None:
+            e = self.joint_exponent(fused, A, length, sims, self.hidden[some])
+        else:
+            e = model.radius.exponent(sims, text, video)  # log R, (videos, texts, dim) or (videos, texts, 1)
         own_memory = self.buffer[2, : dot.numel()].view_as(video) if e.shape == video.shape else None
         radius = torch.exp(e, out=own_memory).expand_as(video)
         if isinstance(noise, Expectation | Delta):
@@ -498,6 +505,16 @@ class _Fast:
             banks = cosines.unflatten(0, (-1, self.task.noise.M)).amax(dim=1) / length.flatten()
             return self.task.noise.reduce(banks).view_as(length).T
         return (cosines.amax(dim=0).view_as(length) / length).T
+
+    def joint_exponent(
+        self, fused: "_Atoms", A: Tensor, length: Tensor, sims: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """log R of JointRadius: S W + b + W_o gelu(W_t t' + W_v v'), with v' = sqrt(dim) v / |v|."""
+        radius, dim = self.task.model.radius, hidden.shape[1]
+        moved = fused.atoms @ radius.video.weight.T  # W_v of the atoms: nothing next to the pairs
+        inner = torch.baddbmm(hidden.expand(len(A), -1, -1), (A * (dim**0.5 / length)[:, None]).mT, moved)
+        e = radius.linear(sims).flatten(0, 1)
+        return e.addmm_(F.gelu(inner).flatten(0, 1), radius.out.weight.T).view_as(inner)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ ROWS = [
         "engine.uneven",
         "engine.folder",
         "engine.hub",
+        "engine.masses",
     ],
     ["engine.video", "engine.finding", "engine.cutting"],
     ["engine.datasets", "engine.scenes"],
