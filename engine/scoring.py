@@ -240,12 +240,13 @@ def scores(
 ) -> Float[Tensor, "texts videos"]:
     """The score of every pair, in blocks of about `block` pairs (default: `default_block`). Dropout is off.
 
-    Memory is that of a block: it grows neither with texts x videos x dim nor with M. XPool, MeanPool and
-    every Radius have a fast form (`_Fast`). Another psi or R is scored as the paper writes it, block by
-    block, and a warning says so. Each call compares the fast scores with the literal ones on a few pairs: if
-    they differ, because model.py was changed, the literal ones are used, and a warning says so. A score whose
-    R is too large for the dtype is NaN, with a warning: in float32 from about e^40 on; for the expected best
-    with U(0, 1), e^20. Raises ValueError for texts of float16.
+    Memory is that of a block: it grows neither with texts x videos x dim nor with M. MeanPool, XPool, also
+    with a `change` of its v (engine/controls.py), and every Radius have a fast form (`_Fast`). Another psi or
+    R is scored as the paper writes it, block by block, and a warning says so. Each call compares the fast
+    scores with the literal ones on a few pairs: if they differ, because model.py was changed, the literal
+    ones are used, and a warning says so. A score whose R is too large for the dtype is NaN, with a warning:
+    in float32 from about e^40 on; for the expected best with U(0, 1), e^20. Raises ValueError for texts of
+    float16.
     frames    may have another dtype than text (a float16 memory map): each block is converted by itself
     own_text  the released protocol, which LEAKS: video j is pooled by own_text[j], its own caption"""
     if text.dtype == torch.float16:
@@ -341,7 +342,8 @@ class _Task:
     def without_fast_form(self) -> str:
         """The class of the psi or R that can only be scored literally, or ""."""
         psi, radius = self.model.fusion, self.model.radius
-        if self.own_text is None and type(psi) not in (MeanPool, XPool):
+        changed = isinstance(psi, XPool) and hasattr(psi, "change") and radius is None  # engine/controls.py
+        if self.own_text is None and type(psi) not in (MeanPool, XPool) and not changed:
             return type(psi).__name__
         for method in ("forward", "from_similarities") if radius is not None else ():
             if getattr(type(radius), method, None) is not getattr(Radius, method):
@@ -444,6 +446,7 @@ class _Fast:
             self.query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
             self.query = self.query / self.query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
         self.buffer = text.new_empty(3, pairs, text.shape[1])  # v; then R t and R R; R of each block
+        self.change = getattr(psi, "change", None) if self.query is not None else None  # of X-Pool's v
         self.joint = type(task.model.radius) is JointRadius and task.draws > 0  # and no subclass
         if self.joint:  # W_t t' + b, and t' has length sqrt(dim)
             self.hidden = task.model.radius.text(self.unit * text.shape[1] ** 0.5)
@@ -475,11 +478,14 @@ class _Fast:
             A = fused.coefficients(model.fusion, text[None] if self.query is None else self.query[:, some])
             length = (fused.gram @ A * A).sum(dim=1).clamp_min(1e-24).sqrt()  # |v|        (videos, texts)
             dot = (_products(fused.atoms, text) * A).sum(dim=1)  # t . v
-        if self.task.draws == 0:
+        if self.task.draws == 0 and self.change is None:
             return (dot / length / square.clamp_min(1e-24).sqrt()).T
         if fused is not None:
             shape = (*dot.shape, text.shape[1])
             video = torch.bmm(A.mT, fused.atoms, out=self.buffer[0, : dot.numel()].view(shape))
+        if self.change is not None:
+            frames = self.task.frames[videos.start : videos.stop].to(text)
+            return cosine_scores(text, self.change(text, frames, video.transpose(0, 1)))
         sims = _products(unit, self.unit[some]).mT  # S        (videos, texts, frames)
         if self.joint and fused is not None:
             e = self.joint_exponent(fused, A, length, sims, self.hidden[some])

@@ -8,6 +8,8 @@ from conftest import randn, random_model
 from engine.config import preset
 from engine.controls import CONTROLS, Control, dispersion, with_cosine
 from engine.optim import parameter_groups
+from engine.scoring import _Task, scores
+from evaluate import scores_literal
 from losses import cosine_scores
 from model import FUSIONS, JointRadius, XPool
 
@@ -53,6 +55,20 @@ def test_a_control_starts_as_xpool(name):
         parameter.data.zero_()
     found, expected = (cosine_scores(text, fusion(text, frames)) for fusion in (psi, as_xpool(psi)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("block", [1, 6, None])
+@pytest.mark.parametrize("name", [*CONTROLS, "two-masses"])
+@torch.no_grad()
+def test_a_control_has_a_fast_form_that_is_the_literal_one(name, block, monkeypatch):
+    text, frames = inputs()
+    model = random_model(fusion=name, radius="none", frames=FRAMES)
+    for parameter in model.fusion.added.parameters():
+        parameter *= 0.2
+    expected = scores_literal(model, text, frames, torch.zeros(0, DIM))
+    monkeypatch.setattr(_Task, "literal", None)  # the slow form is not used
+    found = scores(model, text, frames, torch.zeros(0, DIM), block=block)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
 @each
