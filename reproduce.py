@@ -125,14 +125,18 @@ def cell_config(config: ReproduceConfig, flags: dict, seed: int) -> Config:
     method, recipe = flags["method"], flags.get("recipe", "paper")
     fusion, radius = METHODS[method]
     named = dict(method=method, fusion=fusion, radius=radius, recipe=recipe, seed=seed, resume=True, M=20)
-    heads = HEADS if config.dataset == "shapes" and config.freeze in (None, "clip") else {}
     names = ("arch", "weights", "annotations", "videos", "data", "freeze", "epochs", "batch", "max_steps")
     given = {name: getattr(config, name) for name in (*names, "device", "workers")}
     given = {name: value for name, value in given.items() if value is not None}
     best = RECIPES[recipe] if method == "tmass" else {}
-    base = replace(preset(config.dataset, "xpool"), **{**named, **heads, **given, **best})
+    base = replace(preset(config.dataset, "xpool"), **{**named, **heads(config), **given, **best})
     augment = base.augment and flags.get("freeze", base.freeze) == "none"
     return replace(base, augment=augment, out=cell_folder(config, flags, seed), **flags)
+
+
+def heads(config: ReproduceConfig) -> dict:
+    """Returns HEADS where psi and R train alone on the built-in clips, else nothing."""
+    return HEADS if config.dataset == "shapes" and config.freeze in (None, "clip") else {}
 
 
 def root(config: ReproduceConfig) -> Path:
@@ -145,9 +149,11 @@ def root(config: ReproduceConfig) -> Path:
 def cell_folder(config: ReproduceConfig, flags: dict, seed: int) -> Path:
     """Returns a cell's folder, named by its flags. Rows of several tables with the same flags share it.
 
-    With the paper's recipe, flags at their defaults are left out of the name, but for those of HEADS."""
-    default = vars(Config()) if flags.get("recipe", "paper") == "paper" else {}
-    named = [name for name in flags if name in HEADS or flags[name] != default.get(name)]
+    Flags at their defaults are left out of the name; with the best recipe, which has defaults of its own,
+    only those of HEADS are."""
+    default = vars(preset(config.dataset, "tmass")) | heads(config)
+    known = default if flags.get("recipe", "paper") == "paper" else HEADS
+    named = [name for name in flags if name not in known or flags[name] != default[name]]
     parts = [f"{name}={flags[name]}" for name in named if name != "method"]
     parts += [f"freeze={config.freeze}"] if config.freeze and "freeze" not in flags else []
     return root(config) / "-".join([flags["method"], *parts]) / f"seed{seed}"

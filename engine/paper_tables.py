@@ -85,7 +85,7 @@ def settings(name: str, flags: dict, rates=RATES, dropouts=DROPOUTS) -> tuple[Ro
     """A row for each rate of psi and each dropout."""
     rows = []
     for rate, dropout in itertools.product(rates, dropouts):
-        own = {k: x for k, x in dict(head_lr=rate, dropout=dropout).items() if x != HEADS[k]}
+        own = dict(head_lr=rate, dropout=dropout)
         rows.append(Row(f"{name}, rate {rate:g}, dropout {dropout:g}", {**flags, **own}))
     return tuple(rows)
 

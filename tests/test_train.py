@@ -429,10 +429,11 @@ def test_no_validation_clips_is_said_before_training(config, clips_folder, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", [32])  # ViT-B/16 differs only in the patch, and takes twice as long
-def test_vit_b_at_full_size_takes_a_step_and_is_evaluated(clips_folder, tmp_path, monkeypatch, patch):
-    """Random weights of ViT-B/32 in OpenAI's archive format, opened as the real ones are."""
-    monkeypatch.setattr("engine.files.os.fsync", lambda file: None)  # 4 GiB of checkpoints need no disk
-    clip = import_clip().model.CLIP(512, 224, 12, 768, patch, 77, 49408, 512, 8, 12).float().eval()
+def test_vit_b_at_full_width_takes_a_step_and_is_evaluated(clips_folder, tmp_path, monkeypatch, patch):
+    """Random weights of ViT-B/32 with three of its twelve layers, in OpenAI's archive format, opened as the
+    real ones are."""
+    monkeypatch.setattr("engine.files.os.fsync", lambda file: None)  # 2 GiB of checkpoints need no disk
+    clip = import_clip().model.CLIP(512, 224, 3, 768, patch, 77, 49408, 512, 8, 3).float().eval()
     archive = tmp_path / "ViT-B.pt"
     inputs = torch.zeros(1, 3, 224, 224), torch.ones(1, 77, dtype=torch.long)
     torch.jit.trace(clip, inputs, check_trace=False).save(archive)
