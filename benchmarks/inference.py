@@ -155,6 +155,13 @@ def run(function, *arguments) -> dict:
     return row
 
 
+def exponent(rows: list[dict], form: str) -> float:
+    """p of seconds = c pairs^p, fitted to a form's three largest sizes (least squares of logarithms)."""
+    points = sorted((row["texts"] * row["videos"], row["seconds"]) for row in rows if row["form"] == form)
+    pairs, seconds = np.log(points[-3:]).T
+    return float(np.polyfit(pairs, seconds, 1)[0])
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Draws seconds against pairs, log-log, one line for each form."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
@@ -195,6 +202,8 @@ def main() -> None:
                 print(f"{form:<27} {n} x {n}: not run, t_s alone takes {M * n * n * DIM * 4 / 2**30:.0f} GiB")
                 continue
             rows.append(run(case, form, n, n, "cpu", "float32"))
+    few = [(n, 10**6 // n) for n in (32, 10**6 // 32)]  # few texts, then few videos: a million pairs
+    rows += [run(case, "fast", texts, videos, "cpu", "float32") for texts, videos in few]
     if args.large:
         rows += [run(case, "fast", 10_000, videos, "cpu", "float32") for videos in (10, 100, 1000)]
         rows.append(run(case, "fast", 27_763, 670, "cpu", "float32"))
@@ -215,9 +224,18 @@ def main() -> None:
         literal = f"1/{own:.0f} of the literal blocked form's time with own draws for each pair (the paper)"
         products = f"{fast / seconds['bare products', n]:.2f} times the bare products'"
         print(f"N = {n}: fast takes {literal}, 1/{shared:.0f} with shared draws, and {products}")
+    growth = {form: exponent(square, form) for form in FORMS}
+    print("\n".join(f"{form}: time grows with pairs ** {power:.2f}" for form, power in growth.items()))
+    each = {(row["texts"], row["videos"]): row["seconds"] / row["texts"] / row["videos"] for row in rows
+            if row.get("form") == "fast" and row["device"] == "cpu"}  # fmt: skip
+    for texts, videos in few:
+        ratio = each[texts, videos] / each[max(args.sizes), max(args.sizes)]
+        print(
+            f"{texts} x {videos}: a pair takes {ratio:.2f} times what it takes at {max(args.sizes)} squared"
+        )
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     about = dict(machine=f"{cpu}, torch {torch.__version__}", command=" ".join(sys.argv))
-    content = json.dumps({**about, "rows": rows}, indent=1)
+    content = json.dumps({**about, "exponents": growth, "rows": rows}, indent=1)
     (ROOT / "benchmarks" / "inference.json").write_text(content + "\n")
     plot([row for row in rows if "seconds" in row], ROOT / "assets" / "inference.png")
 

@@ -200,7 +200,7 @@ def test_every_loss_has_a_weight_in_every_recipe():
     (dict(pairs="soft", M=0), "--M 0 leaves --pairs soft no draw"),
     (dict(dataset="nope"), "unknown --dataset nope: choose shapes, "),
     (dict(fusion="nope"), "unknown --fusion nope: choose mean, xpool"),
-    (dict(radius="nope"), "unknown --radius nope: choose fixed, scalar, linear, joint, relative, bounded, none"),
+    (dict(radius="nope"), "unknown --radius nope: choose fixed, scalar, linear, joint, "),
     (dict(freeze="vision"), "--freeze vision .* add --no-augment"),
     (dict(freeze="clip", augment=False, sampling="random"), "--freeze clip .* keep --sampling uniform"),
 ])  # fmt: skip
