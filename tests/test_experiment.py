@@ -134,7 +134,7 @@ def test_a_line_that_is_no_row_is_left_out(tmp_path, line):
 
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1", "cp1252", "utf-8"])
 def test_a_terminal_that_is_not_utf8_shows_escapes(encoding):
-    """Every command imports engine, which sets this in one place. \udcff is a byte of a name."""
+    r"""Every command imports engine, which sets this in one place. \udcff is a byte of a name."""
     code = "import engine; print('café 视频 \\udcff')"
     command = [sys.executable, "-S", "-c", code]
     shown = subprocess.run(command, cwd=ROOT, env={"PYTHONIOENCODING": encoding}, capture_output=True)
