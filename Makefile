@@ -1,4 +1,4 @@
-# make demo      trains and evaluates on the built-in clips (about 4 minutes on 2 cores)
+# make demo      trains and evaluates on the built-in clips (about 3 minutes on 2 cores)
 # make test      runs the tests, in three processes
 # make lint      checks style and format
 # make figures   runs the notebooks and keeps the key figure of each under assets/
