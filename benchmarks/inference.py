@@ -155,9 +155,13 @@ def run(function, *arguments) -> dict:
     return row
 
 
-def exponent(rows: list[dict], form: str) -> float:
-    """p of seconds = c pairs^p, fitted to a form's three largest sizes (least squares of logarithms)."""
+def exponent(rows: list[dict], form: str) -> float | None:
+    """p of seconds = c pairs^p, fitted to a form's three largest sizes (least squares of logarithms).
+
+    None for fewer than two sizes."""
     points = sorted((row["texts"] * row["videos"], row["seconds"]) for row in rows if row["form"] == form)
+    if len(points) < 2:
+        return None
     pairs, seconds = np.log(points[-3:]).T
     return float(np.polyfit(pairs, seconds, 1)[0])
 
@@ -224,7 +228,7 @@ def main() -> None:
         literal = f"1/{own:.0f} of the literal blocked form's time with own draws for each pair (the paper)"
         products = f"{fast / seconds['bare products', n]:.2f} times the bare products'"
         print(f"N = {n}: fast takes {literal}, 1/{shared:.0f} with shared draws, and {products}")
-    growth = {form: exponent(square, form) for form in FORMS}
+    growth = {form: power for form in FORMS if (power := exponent(square, form)) is not None}
     print("\n".join(f"{form}: time grows with pairs ** {power:.2f}" for form, power in growth.items()))
     each = {(row["texts"], row["videos"]): row["seconds"] / row["texts"] / row["videos"] for row in rows
             if row.get("form") == "fast" and row["device"] == "cpu"}  # fmt: skip

@@ -339,11 +339,17 @@ class _Task:
             return 0
         return len(self.noise) if isinstance(self.noise, Tensor) else self.noise.M
 
+    @property
+    def change(self) -> Callable[[Text, Tensor, Pairs], Pairs] | None:
+        """What psi does to X-Pool's v of a pair (engine/controls.py); None for every other psi."""
+        psi = self.model.fusion
+        known = isinstance(psi, XPool) and self.model.radius is None and self.own_text is None
+        return getattr(psi, "change", None) if known else None
+
     def without_fast_form(self) -> str:
         """The class of the psi or R that can only be scored literally, or ""."""
         psi, radius = self.model.fusion, self.model.radius
-        changed = isinstance(psi, XPool) and hasattr(psi, "change") and radius is None  # engine/controls.py
-        if self.own_text is None and type(psi) not in (MeanPool, XPool) and not changed:
+        if self.own_text is None and type(psi) not in (MeanPool, XPool) and self.change is None:
             return type(psi).__name__
         for method in ("forward", "from_similarities") if radius is not None else ():
             if getattr(type(radius), method, None) is not getattr(Radius, method):
@@ -446,7 +452,6 @@ class _Fast:
             self.query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
             self.query = self.query / self.query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
         self.buffer = text.new_empty(3, pairs, text.shape[1])  # v; then R t and R R; R of each block
-        self.change = getattr(psi, "change", None) if self.query is not None else None  # of X-Pool's v
         self.joint = type(task.model.radius) is JointRadius and task.draws > 0  # and no subclass
         if self.joint:  # W_t t' + b, and t' has length sqrt(dim)
             self.hidden = task.model.radius.text(self.unit * text.shape[1] ** 0.5)
@@ -463,10 +468,18 @@ class _Fast:
         else:
             fused = _Atoms.of(task.model.fusion, frames) if not few else None
         video = _pool_then_project(task.model.fusion, self.query, frames) if fused is None else None
-        return functools.partial(self.block, videos, F.normalize(frames, dim=-1), fused, video)
+        moved = fused.atoms @ task.model.radius.video.weight.T if self.joint and fused is not None else None
+        return functools.partial(self.block, videos, frames, F.normalize(frames, dim=-1), fused, moved, video)
 
     def block(
-        self, videos: range, unit: Tensor, fused: "_Atoms | None", video: Tensor | None, texts: range
+        self,
+        videos: range,
+        frames: Tensor,
+        unit: Tensor,
+        fused: "_Atoms | None",
+        moved: Tensor | None,  # W_v of the atoms, for JointRadius
+        video: Tensor | None,
+        texts: range,
     ) -> Float[Tensor, "texts videos"]:
         """The scores of a block. Tensors of pairs are (videos, texts, ...) here."""
         model, noise, some = self.task.model, self.task.noise, slice(texts.start, texts.stop)
@@ -478,17 +491,17 @@ class _Fast:
             A = fused.coefficients(model.fusion, text[None] if self.query is None else self.query[:, some])
             length = (fused.gram @ A * A).sum(dim=1).clamp_min(1e-24).sqrt()  # |v|        (videos, texts)
             dot = (_products(fused.atoms, text) * A).sum(dim=1)  # t . v
-        if self.task.draws == 0 and self.change is None:
+        change = self.task.change
+        if self.task.draws == 0 and change is None:
             return (dot / length / square.clamp_min(1e-24).sqrt()).T
         if fused is not None:
             shape = (*dot.shape, text.shape[1])
             video = torch.bmm(A.mT, fused.atoms, out=self.buffer[0, : dot.numel()].view(shape))
-        if self.change is not None:
-            frames = self.task.frames[videos.start : videos.stop].to(text)
-            return cosine_scores(text, self.change(text, frames, video.transpose(0, 1)))
+        if change is not None:
+            return cosine_scores(text, change(text, frames, video.transpose(0, 1)))
         sims = _products(unit, self.unit[some]).mT  # S        (videos, texts, frames)
-        if self.joint and fused is not None:
-            e = self.joint_exponent(fused, A, length, sims, self.hidden[some])
+        if moved is not None:
+            e = self.joint_exponent(moved, A, length, sims, self.hidden[some])
         else:
             e = model.radius.exponent(sims, text, video)  # log R, (videos, texts, dim) or (videos, texts, 1)
         own_memory = self.buffer[2, : dot.numel()].view_as(video) if e.shape == video.shape else None
@@ -513,11 +526,10 @@ class _Fast:
         return (cosines.amax(dim=0).view_as(length) / length).T
 
     def joint_exponent(
-        self, fused: "_Atoms", A: Tensor, length: Tensor, sims: Tensor, hidden: Tensor
+        self, moved: Tensor, A: Tensor, length: Tensor, sims: Tensor, hidden: Tensor
     ) -> Tensor:
         """log R of JointRadius: S W + b + W_o gelu(W_t t' + W_v v'), with v' = sqrt(dim) v / |v|."""
         radius, dim = self.task.model.radius, hidden.shape[1]
-        moved = fused.atoms @ radius.video.weight.T  # W_v of the atoms: nothing next to the pairs
         inner = torch.baddbmm(hidden.expand(len(A), -1, -1), (A * (dim**0.5 / length)[:, None]).mT, moved)
         e = radius.linear(sims).flatten(0, 1)
         return e.addmm_(F.gelu(inner).flatten(0, 1), radius.out.weight.T).view_as(inner)
