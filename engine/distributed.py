@@ -3,6 +3,7 @@
 Without torchrun this process is rank 0 of 1: gathering returns its input, and waiting does nothing.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -90,6 +91,9 @@ def init_distributed(device: str) -> None:
         if gpus:
             torch.cuda.set_device(local)  # before anything is put on a GPU
         cuda = choose_device(device).type == "cuda"
+        # A module of torch takes the group of this moment as a default argument. Imported later, by
+        # transformers, it would keep the group, whose threads then abort a process that ends.
+        importlib.import_module("torch.distributed.nn.functional")
         # The long timeout lets ranks wait while the first one decodes videos.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     except ModelError:

@@ -47,15 +47,15 @@ def _call(function: Callable, arguments: tuple, output: str, variables: dict, th
         os._exit(code if isinstance(code, int) else bool(code))
 
 
-def two_ranks(function: Callable, *arguments, folder: Path) -> list[str]:
-    """Calls a function in two processes that torch.distributed joins. Returns what each printed."""
+def ranks(count: int, function: Callable, *arguments, folder: Path) -> list[str]:
+    """Calls a function in several processes that torch.distributed joins. Returns what each printed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    outputs = [folder / f"rank{rank}.txt" for rank in range(2)]
-    ranks = [dict(common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    both = [start(function, *arguments, output=o, **own) for o, own in zip(outputs, ranks)]
-    for process in both:
+    common = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    outputs = [folder / f"rank{rank}.txt" for rank in range(count)]
+    own = [dict(common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    started = [start(function, *arguments, output=o, **variables) for o, variables in zip(outputs, own)]
+    for process in started:
         process.join(120)
-    assert [process.exitcode for process in both] == [0, 0], [path.read_text() for path in outputs]
+    assert [process.exitcode for process in started] == [0] * count, [path.read_text() for path in outputs]
     return [path.read_text() for path in outputs]

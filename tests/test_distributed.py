@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, small_clip
-from processes import two_ranks
+from processes import ranks
 from torch.utils.data import DataLoader
 
 import train
@@ -52,7 +52,7 @@ def test_two_processes_give_loss_gradients_and_weights_of_one(flags, tmp_path):
     """By micro-batches of three: the first process has one of them, the second two."""
     train.main([*flags, "--out", str(tmp_path / "one")])
     more = ["--micro-batch", "3", "--out", str(tmp_path / "two")]
-    printed = two_ranks(train.main, [*flags, *more], folder=tmp_path)
+    printed = ranks(2, train.main, [*flags, *more], folder=tmp_path)
     assert "".join(printed).count("validation:") == 1  # only rank 0 writes
     one, two = (load_file(tmp_path / name / "last.pt") for name in ("one", "two"))
     start, moved = load_file(tmp_path / "vit.pt"), 0.0
@@ -111,7 +111,7 @@ def save_steps(path: Path) -> None:
 
 def test_every_recipe_has_the_gradients_of_one_process(tmp_path):
     """Seven pairs on two processes; also with frozen parts, and with BatchNorm, which stays as it is."""
-    two_ranks(save_steps, tmp_path / "two.pt", folder=tmp_path)
+    ranks(2, save_steps, tmp_path / "two.pt", folder=tmp_path)
     two = load_file(tmp_path / "two.pt")
     for name in CASES:
         (loss, gradients, weights), (same_loss, same_gradients, same_weights) = two_steps(name), two[name]
@@ -155,8 +155,11 @@ else:
 with distributed.local_rank_zero_first():  # rank 1 finds the file of rank 0
     assert Path(sys.argv[1]).exists() == (rank == 1)
     Path(sys.argv[1]).touch()
+import torch._dynamo  # as transformers does, after the start: it must not keep the group, and its threads
 distributed.barrier()
 dist.destroy_process_group()
+if (tasks := Path("/proc/self/task")).exists():
+    assert not [task for task in tasks.iterdir() if "gloo" in (task / "comm").read_text()]
 Path(f"{{sys.argv[1]}}-{{rank}}").touch()  # a file, since two ranks print into one another's lines
 """
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, randn, random_model
+from processes import ranks
 
 import evaluate
 import model as model_module
 import train
 from engine.checkpoint import open_checkpoint, save_checkpoint
 from engine.datasets import DATASETS, cache_folder, of_split, read_csv
-from engine.distributed import gather, shard
+from engine.distributed import gather, init_distributed, shard
 from engine.features import extract_features, feature_cache
 from engine.frames import FrameCache
 from engine.scoring import noise_bank, scores
@@ -288,15 +288,14 @@ TEXTS, VIDEOS, FRAMES = 7, 5, 4
 text, frames = 3 * randn(TEXTS, DIM), 5 * randn(VIDEOS, FRAMES, DIM, seed=1)
 
 
-def _score_a_shard(rank: int, world: int, store: str, whole: torch.Tensor) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def _score_a_shard(whole: torch.Tensor) -> None:
+    init_distributed("cpu")
     part = scores(random_model(frames=FRAMES), text, frames[shard(VIDEOS)], noise_bank(6, DIM, 0))
     assert (gather(part.T.contiguous()).T - whole).abs().max() < 1e-6
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_columns_scored_by_three_processes_are_gathered_in_order(tmp_path):
     """Five videos over three processes: unequal shards."""
     whole = scores(random_model(frames=FRAMES), text, frames, noise_bank(6, DIM, 0))
-    torch.multiprocessing.spawn(_score_a_shard, (3, str(tmp_path / "store"), whole), nprocs=3)
+    ranks(3, _score_a_shard, whole, folder=tmp_path)
