@@ -16,7 +16,7 @@ from engine.controls import CONTROLS as CONTROLS  # adds its psi to FUSIONS
 from engine.datasets import DATASETS
 from engine.ffmpeg import MAX_PIXELS, TIME_LIMIT
 from engine.files import ModelError
-from engine.masses import TwoMasses as TwoMasses  # adds its psi and the radii of its file
+from engine.masses import TwoMasses as TwoMasses  # adds the psi, radii and loss of its file
 from model import FUSIONS, RADII
 
 # ---- training: the comment or docstring of a field is its text in --help
@@ -66,6 +66,9 @@ class Config:
     temperature; delta: no draw, the closed form of --score delta"""
     alpha: float = 1.2  # weight of L_sup, the support-text loss
     ce: float = 0.0  # weight of L_ce, the loss of t itself, next to L_s
+    inclusion: float = (
+        0.0  # weight of L_inc, by which a general caption's mass includes others; not in the paper
+    )
     M: int = 20  # texts drawn per pair in validation; also the M of --pairs draws, soft, delta
 
     epochs: int = 5  # passes over the captions; each at most once a pass
@@ -152,8 +155,8 @@ def preset(dataset: str, method: str, recipe: str | None = None) -> Config:
 def loss_weights(config: Config) -> dict[str, float]:
     """The weight of each loss of losses.LOSSES; 0 leaves a loss out."""
     if config.radius == "none":
-        return {"L_ce": 1.0, "L_s": 0.0, "L_sup": 0.0}
-    return {"L_ce": config.ce, "L_s": 1.0, "L_sup": config.alpha}
+        return {"L_ce": 1.0, "L_s": 0.0, "L_sup": 0.0, "L_inc": 0.0}
+    return {"L_ce": config.ce, "L_s": 1.0, "L_sup": config.alpha, "L_inc": config.inclusion}
 
 
 # ---- evaluation
@@ -219,7 +222,7 @@ def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
 # Smallest and largest value of each number.
 RANGES: dict[str, tuple[int | float, float]] = {
     **dict.fromkeys(("heads", "epochs", "max_steps", "batch", "micro_batch"), (1, math.inf)),
-    **dict.fromkeys(("prior_std", "alpha", "ce", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("prior_std", "alpha", "ce", "inclusion", "save_every"), (0, math.inf)),
     **dict(
         max_pixels=(1, math.inf),
         time_limit=(0, math.inf),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.controls import Control
+from engine.masses import inclusion_loss
 from engine.scoring import Delta
 from losses import LOSSES, stochastic_loss, support_loss, text_loss
 from model import (
@@ -44,6 +45,7 @@ from model import (
 )
 
 KNOWN_LOSSES = {"L_s": stochastic_loss, "L_sup": support_loss, "L_ce": text_loss}  # they read no radius
+KNOWN_LOSSES["L_inc"] = inclusion_loss  # where its weight is 0
 KNOWN_RADII = (FixedRadius, ScalarRadius, LinearRadius, JointRadius)
 
 
@@ -52,7 +54,8 @@ def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> di
     psi, radius, pairs = model.fusion, model.radius, config.pairs
     control = isinstance(psi, Control) and type(psi).forward is Control.forward and radius is None
     known = type(psi) is XPool or control
-    if not known or psi.heads > 1 or psi.dropout.p > 0.99 or LOSSES != KNOWN_LOSSES:
+    literal = LOSSES != KNOWN_LOSSES or (config.inclusion and radius is not None)
+    if not known or psi.heads > 1 or psi.dropout.p > 0.99 or literal:
         return None
     if radius is None:
         video = pool(psi, text, frames)

@@ -95,11 +95,15 @@ MASSES = (
     ("paper", PAPER), ("paper, initial R = 0.4", {**PAPER, "initial_radius": 0.4}),
     ("paper, R in units of t, 0.3", {**PAPER, "radius": "relative", "initial_radius": 0.3}),
     ("paper, bounded R, 0.3", {**PAPER, "radius": "bounded", "initial_radius": 0.3}),
+    ("paper, inclusion of captions", {**PAPER, "inclusion": 1.0}),
+    ("paper, R in units of t, 0.3, inclusion of captions",
+     {**PAPER, "radius": "relative", "initial_radius": 0.3, "inclusion": 1.0}),
     ("best recipe", BEST), ("best recipe, trained by draws", {**BEST, "pairs": "draws"}),
     ("best recipe, trained by soft draws", {**BEST, "pairs": "soft"}),
     ("best recipe, bounded R, 0.3", {**BEST, "radius": "bounded", "initial_radius": 0.3}),
     ("best recipe, bounded R, 0.3, trained by draws",
      {**BEST, "radius": "bounded", "initial_radius": 0.3, "pairs": "draws"}),
+    ("best recipe, inclusion of captions", {**BEST, "inclusion": 0.1}),
 )  # fmt: skip
 
 FORMS = {"fixed": "exp(mean S)", "scalar": "exp(theta mean S)", "linear": "exp(S W + b)"}  # b: the release's

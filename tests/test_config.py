@@ -178,11 +178,12 @@ def test_models_have_a_method_and_a_name():
 def test_every_loss_has_a_weight_in_every_recipe():
     for config in (preset("shapes", method, recipe) for method in METHODS for recipe in RECIPES):
         assert loss_weights(config).keys() == LOSSES.keys()
-    assert loss_weights(Config()) == {"L_s": 1, "L_sup": 1.2, "L_ce": 0}
-    assert loss_weights(Config(alpha=0.5, ce=0.25)) == {"L_s": 1, "L_sup": 0.5, "L_ce": 0.25}
-    assert loss_weights(preset("shapes", "tmass", "best")) == {"L_s": 1, "L_sup": 0, "L_ce": 0.5}
+    assert loss_weights(Config()) == {"L_s": 1, "L_sup": 1.2, "L_ce": 0, "L_inc": 0}
+    own = Config(alpha=0.5, ce=0.25, inclusion=0.1)
+    assert loss_weights(own) == {"L_s": 1, "L_sup": 0.5, "L_ce": 0.25, "L_inc": 0.1}
+    assert loss_weights(preset("shapes", "tmass", "best")) == {"L_s": 1, "L_sup": 0, "L_ce": 0.5, "L_inc": 0}
     for config in (preset("shapes", "clip"), preset("shapes", "xpool"), Config(radius="none", ce=0.5)):
-        assert loss_weights(config) == {"L_s": 0, "L_sup": 0, "L_ce": 1}
+        assert loss_weights(config) == {"L_s": 0, "L_sup": 0, "L_ce": 1, "L_inc": 0}
 
 
 # --------------------------------------------------------------------------------------------------- checks

@@ -124,7 +124,8 @@ class OwnRadius(LinearRadius):
 
 
 @pytest.mark.parametrize(
-    "case", ["psi", "a control's child", "a control with R", "heads", "R", "pairs", "prior", "loss"]
+    "case",
+    ["psi", "a control's child", "a control with R", "heads", "R", "pairs", "prior", "loss", "inclusion"],
 )
 def test_what_it_does_not_know_is_left_to_the_literal_form(case, monkeypatch):
     heads = 2 if case == "heads" else 1
@@ -141,6 +142,8 @@ def test_what_it_does_not_know_is_left_to_the_literal_form(case, monkeypatch):
     if case == "prior":
         model.radius = random_model(radius="joint", frames=FRAMES).radius
         config = config_of("joint", "best", prior="uniform")
+    if case == "inclusion":
+        config = replace(config, inclusion=0.1)
     if case == "loss":
         monkeypatch.setitem(LOSSES, "L_ce", lambda radius, **_: radius.mean())
     assert fast_symbols(model, text, frames, config) is None

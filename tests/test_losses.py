@@ -68,8 +68,13 @@ def batch(n: int = N, dim: int = DIM) -> dict[str, torch.Tensor]:
     )
 
 
+def weights_of(**weights: float) -> dict[str, float]:
+    """Weights for all losses: 0 for those that are not given."""
+    return {**dict.fromkeys(LOSSES, 0.0), **weights}
+
+
 def test_total_is_the_weighted_sum_of_its_parts():
-    x, weights = batch(), {"L_s": 1.0, "L_sup": 0.7, "L_ce": 0.5}
+    x, weights = batch(), weights_of(L_s=1.0, L_sup=0.7, L_ce=0.5)
     total, parts = tmass_loss(weights, scale=9.0, **x)
     assert torch.equal(parts["L_s"], symmetric_cross_entropy(x["mass_scores"], 9.0))
     assert torch.equal(parts["L_sup"], symmetric_cross_entropy(cosine_scores(x["t_sup"], x["video"]), 9.0))
@@ -79,14 +84,13 @@ def test_total_is_the_weighted_sum_of_its_parts():
 
 def test_a_loss_of_weight_zero_is_left_out_and_needs_none_of_its_symbols():
     x = batch()
-    total, parts = tmass_loss(
-        {"L_s": 0.0, "L_sup": 0.0, "L_ce": 1.0}, scale=9.0, text=x["text"], video=x["video"]
-    )
+    total, parts = tmass_loss(weights_of(L_ce=1.0), scale=9.0, text=x["text"], video=x["video"])
     assert set(parts) == {"L_ce"} and torch.equal(total, parts["L_ce"])
 
 
 @pytest.mark.parametrize(
-    "weights", [{"L_s": 1.0, "L_sup": 1.2}, {**dict.fromkeys(LOSSES, 1.0), "L_new": 1.0}]
+    "weights",
+    [{name: 1.0 for name in LOSSES if name != "L_ce"}, {**dict.fromkeys(LOSSES, 1.0), "L_new": 1.0}],
 )
 def test_every_loss_has_a_weight_and_every_weight_a_loss(weights):
     with pytest.raises(ValueError, match=r"differ in L_(ce|new)"):
@@ -95,7 +99,7 @@ def test_every_loss_has_a_weight_and_every_weight_a_loss(weights):
 
 def test_a_registered_loss_counts(monkeypatch):
     monkeypatch.setitem(LOSSES, "L_toy", lambda text, **_: text.square().mean())
-    x, weights = batch(), {"L_s": 1.0, "L_sup": 0.0, "L_ce": 0.0, "L_toy": 2.0}
+    x, weights = batch(), weights_of(L_s=1.0, L_toy=2.0)
     total, parts = tmass_loss(weights, scale=9.0, **x)
     assert torch.equal(parts["L_toy"], x["text"].square().mean())
     assert torch.allclose(total, parts["L_s"] + 2 * parts["L_toy"])
@@ -103,7 +107,7 @@ def test_a_registered_loss_counts(monkeypatch):
 
 def test_gradients_equal_finite_differences():
     x = batch(n=3, dim=4)
-    scale, weights = torch.tensor(4.0, dtype=torch.float64), {"L_s": 1.0, "L_sup": 0.7, "L_ce": 0.5}
+    scale, weights = torch.tensor(4.0, dtype=torch.float64), weights_of(L_s=1.0, L_sup=0.7, L_ce=0.5)
 
     def total(scale, *tensors):
         return tmass_loss(weights, scale=scale, **dict(zip(x, tensors)))[0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import randn, random_model
 
-from engine.masses import TwoMasses
+from engine.masses import TwoMasses, inclusion, inclusion_loss
 from engine.scoring import noise_bank, scores
 from evaluate import scores_literal
 from losses import cosine_scores
@@ -84,3 +84,30 @@ def test_two_masses_score_half_the_expected_squared_distance_of_two_draws():
             a, b = (x / x.norm() for x in (text[i], video[i, j]))
             expected = (a - b).square().sum() + sum(variances)  # of two draws
             assert found[i, j] == pytest.approx(1 + TwoMasses.variance - expected.item() / 2, abs=1e-5)
+
+
+def test_inclusion_equals_its_integrals():
+    """Masses of one channel, against sums over a fine grid."""
+    x = torch.linspace(-20, 20, 200_001, dtype=torch.float64)
+    for mean, std, of, of_std in ((0.3, 1.7, -0.4, 0.6), (-1.0, 0.5, 1.0, 1.1), (0.0, 1.0, 0.2, 1.0)):
+        q, p = (torch.distributions.Normal(m, s).log_prob(x).exp() for m, s in ((mean, std), (of, of_std)))
+        expected = ((p * p * q).sum() / (p * q * q).sum()).log()
+        found = inclusion(*(torch.tensor([value], dtype=torch.float64) for value in (mean, std, of, of_std)))
+        assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_loss_of_inclusion_widens_the_general_caption_and_narrows_the_special_one():
+    """Text 0 fits both videos, text 1 only its own: against the gradient, 0 comes to include 1."""
+    video = torch.eye(2, DIM).expand(2, 2, DIM)
+    text = torch.stack([(video[0, 0] + video[0, 1]) / 2**0.5, video[0, 1]])
+    radius = torch.full((2, 2, DIM), 0.3).requires_grad_()
+    loss = inclusion_loss(text=text, video=video, radius=radius, scale=10.0)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)  # equal masses include one another equally
+    loss.backward()
+    general, special = radius.grad[0, 0], radius.grad[1, 1]
+    assert (general < 0).all() and (special > 0).all()
+    assert not radius.grad[0, 1].any() and not radius.grad[1, 0].any()  # of matched pairs only
+    wide, narrow = torch.full((2, 2, DIM), 0.3), torch.full((2, 2, DIM), 0.3)
+    wide[0], narrow[0] = 0.9, 0.1
+    losses = [inclusion_loss(text=text, video=video, radius=R, scale=10.0) for R in (wide, narrow)]
+    assert losses[0] < loss < losses[1]

@@ -151,10 +151,11 @@ def test_cells_of_the_tables_keep_their_folders():
         *(f"tmass-radius=none-radius_lr=0.001-fusion={name}" for name in CONTROLS),
         *(f"tmass-initial_radius={radius}" for radius in (0.05, 0.15, 0.4, 2.0, 5.0)),
         "tmass-radius=relative-initial_radius=0.3", "tmass-radius=bounded-initial_radius=0.3",
-        "tmass-radius=none-radius_lr=0.001-fusion=two-masses",
+        "tmass-radius=none-radius_lr=0.001-fusion=two-masses", "tmass-inclusion=1.0",
+        "tmass-radius=relative-initial_radius=0.3-inclusion=1.0",
         *(f"tmass-recipe=best-{flags}" for flags in (
             "pairs=draws", "pairs=soft", "radius=bounded-initial_radius=0.3",
-            "radius=bounded-initial_radius=0.3-pairs=draws",
+            "radius=bounded-initial_radius=0.3-pairs=draws", "inclusion=0.1",
         )),
         *(f"{name}-freeze=vision-epochs=2-clip_lr=0.0001" for name in (
             "xpool", "tmass", "tmass-recipe=best", "tmass-recipe=best-M=1",
