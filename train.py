@@ -35,13 +35,13 @@ from engine.config import PRESETS, RECIPES, Config, check_config, label, loss_we
 from engine.datasets import Clip, cache_folder, of_split, read_clips, with_validation, without
 from engine.distributed import gather, gather_features, shard
 from engine.experiment import LOG_EVERY, Interrupt, Run, read_log, say, say_noise, stage
-from engine.fast_training import fast_symbols
+from engine.fast_training import best_of_draws, fast_symbols
 from engine.features import extract_features, feature_cache
 from engine.files import DataError, ModelError
 from engine.frames import CHOICES, FrameCache, set_limits
 from engine.metrics import retrieval_metrics
 from engine.optim import TrainState, check_batches, compile_encoders, finite, learning_rate, train_mode
-from engine.scoring import Delta, best_of_draws, noise_bank, scores
+from engine.scoring import Delta, noise_bank, scores
 from losses import cosine_scores, tmass_loss
 from model import TMASS, Frames, Pairs, Text, matched, sample_noise, stochastic_text, support_text
 

@@ -18,8 +18,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.fast_training import best_of_draws  # noqa: E402
 from engine.files import write_atomic  # noqa: E402
-from engine.scoring import Delta, Expectation, best_of_draws, noise_bank  # noqa: E402
+from engine.scoring import Delta, Expectation, noise_bank  # noqa: E402
 
 PAIRS, DIM, M, BANKS = 8, 256, 20, 5000
 SPREADS, SIZES = (0.0, 0.2, 0.5, 0.7, 1.0, 1.5, 2.0), (0.1, 0.5, 2.0)

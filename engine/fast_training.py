@@ -13,6 +13,7 @@ frame i after LN1 without scale and shift (constant where the features are froze
 So no dim x dim product is left for each pair, only products with the T' + 1 vectors of a video. The mask of
 the dropout takes 16 random bits a number: p is rounded to a multiple of 2^-16, and the scale is exact for it.
 R is computed for matched pairs if the loss reads no others; --pairs delta needs five sums over channels.
+`best_of_draws` serves the literal form, too: M draws of every pair in three products.
 """
 
 import math
@@ -75,6 +76,34 @@ def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> di
         mass_scores = joint_delta(radius, text, frames, video, config.M, config.prior_std)
         return dict(text=text, video=video, mass_scores=mass_scores)
     return None
+
+
+# ------------------------------------------------------------------------------------- draws (--pairs draws)
+
+
+def drawn_cosines(
+    text: Float[Tensor, "texts dim"], radius: Tensor, video: Tensor, noise: Float[Tensor, "M dim"]
+) -> Float[Tensor, "M texts videos"]:
+    """cos(t + R eps_m, v) of every pair and draw, by three products with the bank; with gradients."""
+    square = text.square().sum(-1)[:, None]
+    dot = (text[:, None] * video).sum(-1) + torch.einsum("md,tvd->mtv", noise, radius * video)
+    cross = 2 * torch.einsum("md,tvd->mtv", noise, radius * text[:, None])
+    squares = square + cross + torch.einsum("md,tvd->mtv", noise.square(), radius.square())
+    return dot * squares.clamp_min(1e-24).rsqrt() / video.norm(dim=-1).clamp_min(1e-12)
+
+
+def best_of_draws(
+    text: Float[Tensor, "texts dim"],
+    radius: Tensor,
+    video: Tensor,
+    noise: Float[Tensor, "M dim"],
+    scale: Tensor | float | None = None,
+) -> Float[Tensor, "texts videos"]:
+    """max_m cos(t + R eps_m, v); with `scale` the soft maximum log(mean_m exp(scale cos)) / scale."""
+    cosines = drawn_cosines(text, radius, video, noise)
+    if scale is None:
+        return cosines.amax(dim=0)
+    return ((scale * cosines).logsumexp(dim=0) - math.log(len(noise))) / scale
 
 
 # ------------------------------------------------------------------------------------------------------- psi

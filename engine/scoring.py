@@ -20,7 +20,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from losses import cosine_scores
-from model import TMASS, JointRadius, MeanPool, Pairs, Radius, Text, XPool, sample_noise, stochastic_text
+from model import (
+    TMASS,
+    JointRadius,
+    LinearRadius,
+    MeanPool,
+    Pairs,
+    Radius,
+    Text,
+    XPool,
+    sample_noise,
+    stochastic_text,
+)
 
 # ------------------------------------------------------------------------------------------------ noise
 
@@ -183,31 +194,6 @@ def best_of(M: int, power: int = 1) -> float:
     x = torch.linspace(-12, 12, 48_001, dtype=torch.float64)
     density = torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
     return torch.trapezoid(x**power * M * torch.special.ndtr(x) ** (M - 1) * density, x).item()
-
-
-def drawn_cosines(
-    text: Float[Tensor, "texts dim"], radius: Tensor, video: Tensor, noise: Float[Tensor, "M dim"]
-) -> Float[Tensor, "M texts videos"]:
-    """cos(t + R eps_m, v) of every pair and draw, by three products with the bank; with gradients."""
-    square = text.square().sum(-1)[:, None]
-    dot = (text[:, None] * video).sum(-1) + torch.einsum("md,tvd->mtv", noise, radius * video)
-    cross = 2 * torch.einsum("md,tvd->mtv", noise, radius * text[:, None])
-    squares = square + cross + torch.einsum("md,tvd->mtv", noise.square(), radius.square())
-    return dot * squares.clamp_min(1e-24).rsqrt() / video.norm(dim=-1).clamp_min(1e-12)
-
-
-def best_of_draws(
-    text: Float[Tensor, "texts dim"],
-    radius: Tensor,
-    video: Tensor,
-    noise: Float[Tensor, "M dim"],
-    scale: Tensor | float | None = None,
-) -> Float[Tensor, "texts videos"]:
-    """max_m cos(t + R eps_m, v); with `scale` the soft maximum log(mean_m exp(scale cos)) / scale."""
-    cosines = drawn_cosines(text, radius, video, noise)
-    if scale is None:
-        return cosines.amax(dim=0)
-    return ((scale * cosines).logsumexp(dim=0) - math.log(len(noise))) / scale
 
 
 # What `scores` takes as noise: M shared draws, own draws for each pair, or one of the three expected bests.
@@ -432,8 +418,8 @@ def _best(text: Text, radius: Pairs, video: Pairs, draws: Sequence[Tensor]) -> T
 class _Fast:
     """The same scores with fewer matrix products; docs/inference.md derives them step by step.
 
-    psi: after the attention, v is linear in the weights a, except for the scales of two LayerNorms. With u_k
-    the value of frame k:
+    psi: q . (W_k x + b) = (W_k' q) . x + q . b, and the softmax drops the last term. After the attention, v
+    is linear in the weights a, except for the scales of two LayerNorms. With u_k the value of frame k:
         y_k = W_o u_k + b_o,  centred over channels          (sum_k a_k = 1 folds the bias in)
         o   = gamma2 sum_k a_k y_k / sigma + beta2           sigma^2 = a' G a + eps,  G = Y Y' / dim: LN2
         x   = sum_k (a_k / sigma) z_k + c                    z_k = (I + P) gamma2 y_k,  c = (I + P) beta2 + p
@@ -448,44 +434,48 @@ class _Fast:
         psi, text = task.model.fusion, task.text
         self.task, self.query = task, None
         self.unit, self.square = F.normalize(text, dim=-1), text.square().sum(-1)  # of the texts
+        self.few = 3 * len(text) < 4 * task.frames.shape[1]  # pooling: 3 dim^2 a pair; atoms: 2 a frame
         if task.own_text is None and isinstance(psi, XPool):  # W_q LN1(t) / sqrt(dim / heads)
-            self.query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
-            self.query = self.query / self.query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
-        self.buffer = text.new_empty(3, pairs, text.shape[1])  # v; then R t and R R; R of each block
-        self.joint = type(task.model.radius) is JointRadius and task.draws > 0  # and no subclass
+            query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
+            query = query / query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
+            if self.few or psi.heads == 1:  # W_k' q: (heads, texts, dim)
+                query = query @ psi.key.weight.unflatten(0, (psi.heads, -1))
+            self.query, self.folded = query, None if self.few else _folded(psi)
+        self.buffer = text.new_empty(3, pairs, text.shape[1])  # v, then R v; R t; R, then R R
+        radius = task.model.radius if task.draws else None
+        self.joint = type(radius) is JointRadius  # and no subclass
+        if type(radius) in (LinearRadius, JointRadius):  # S W + b = [S 1] [W; b]
+            self.affine = torch.cat([radius.linear.weight.T, radius.linear.bias[None]])
         if self.joint:  # W_t t' + b, and t' has length sqrt(dim)
-            self.hidden = task.model.radius.text(self.unit * text.shape[1] ** 0.5)
+            self.hidden = radius.text(self.unit * text.shape[1] ** 0.5)
 
     def prepare(self, videos: range) -> Callable[[range], Tensor]:
         """The function that scores texts with these videos."""
         task = self.task
         frames = task.frames[videos.start : videos.stop].to(task.text)
-        few = 3 * len(task.text) < 4 * frames.shape[1]  # pooling: 3 dim^2 a pair; atoms: 4 dim^2 a frame
         if self.query is None:
             constant = isinstance(task.model.fusion, MeanPool) and task.own_text is None
             v = F.normalize(frames, dim=-1).mean(dim=1) if constant else task.pooled_by_own_text(videos)
             fused = _Atoms(v[:, None])
         else:
-            fused = _Atoms.of(task.model.fusion, frames) if not few else None
+            fused = None if self.few else _Atoms.of(task.model.fusion, frames, *self.folded)
         video = _pool_then_project(task.model.fusion, self.query, frames) if fused is None else None
-        moved = fused.atoms @ task.model.radius.video.weight.T if self.joint and fused is not None else None
-        return functools.partial(self.block, videos, frames, F.normalize(frames, dim=-1), fused, moved, video)
+        moved = None  # W_v of the atoms, for JointRadius
+        if self.joint and fused is not None:
+            moved = fused.atoms @ task.model.radius.video.weight.T
+        return functools.partial(
+            self.block, (videos, frames, F.normalize(frames, dim=-1), fused, moved, video)
+        )
 
-    def block(
-        self,
-        videos: range,
-        frames: Tensor,
-        unit: Tensor,
-        fused: "_Atoms | None",
-        moved: Tensor | None,  # W_v of the atoms, for JointRadius
-        video: Tensor | None,
-        texts: range,
-    ) -> Float[Tensor, "texts videos"]:
+    def block(self, prepared: tuple, texts: range) -> Float[Tensor, "texts videos"]:
         """The scores of a block. Tensors of pairs are (videos, texts, ...) here."""
+        videos, frames, unit, fused, moved, video = prepared
         model, noise, some = self.task.model, self.task.noise, slice(texts.start, texts.stop)
         text, square = self.task.text[some], self.square[some]
+        shape = len(videos), len(texts), text.shape[1]
+        first, second, third = (x[: shape[0] * shape[1]].view(shape) for x in self.buffer)
         if fused is None:
-            video = video[:, some].clone()
+            video = first.copy_(video[:, some])
             length, dot = video.norm(dim=-1).clamp_min(1e-12), (video * text).sum(dim=-1)
         else:
             A = fused.coefficients(model.fusion, text[None] if self.query is None else self.query[:, some])
@@ -495,44 +485,43 @@ class _Fast:
         if self.task.draws == 0 and change is None:
             return (dot / length / square.clamp_min(1e-24).sqrt()).T
         if fused is not None:
-            shape = (*dot.shape, text.shape[1])
-            video = torch.bmm(A.mT, fused.atoms, out=self.buffer[0, : dot.numel()].view(shape))
+            video = torch.bmm(A.mT, fused.atoms, out=first)
         if change is not None:
             return cosine_scores(text, change(text, frames, video.transpose(0, 1)))
         sims = _products(unit, self.unit[some]).mT  # S        (videos, texts, frames)
-        if moved is not None:
-            e = self.joint_exponent(moved, A, length, sims, self.hidden[some])
+        if moved is not None or type(model.radius) is LinearRadius:
+            e = torch.mm(F.pad(sims, (0, 1), value=1.0).flatten(0, 1), self.affine, out=third.flatten(0, 1))
+            if moved is not None:
+                self.add_joint(e, moved, A, length, self.hidden[some])
+            radius = third.exp_()
         else:
             e = model.radius.exponent(sims, text, video)  # log R, (videos, texts, dim) or (videos, texts, 1)
-        own_memory = self.buffer[2, : dot.numel()].view_as(video) if e.shape == video.shape else None
-        radius = torch.exp(e, out=own_memory).expand_as(video)
+            radius = torch.exp(e, out=third if e.shape == video.shape else None).expand_as(video)
         if isinstance(noise, Expectation | Delta):
             return noise.of(text, radius, video).T
         if isinstance(noise, PairNoise):
             draws = (text + radius * eps[0].transpose(0, 1) for eps in self.task.own_draws(texts, videos))
             best = [F.cosine_similarity(t_s, video, dim=-1, eps=1e-12) for t_s in draws]
             return (torch.stack(best).amax(dim=0) + no_overflow(radius)).T
-        noise = self.task.bank
-        dots = torch.addmm(dot.flatten(), noise, video.mul_(radius).flatten(0, 1).T)  # t_s . v  (M, pairs)
-        product = self.buffer[1, : dot.numel()].view_as(radius)
-        squares = (noise @ torch.mul(radius, text, out=product).flatten(0, 1).T).mul_(2)
-        squares = squares.addmm_(noise.square(), torch.mul(radius, radius, out=product).flatten(0, 1).T)
-        squares = squares.add_(square.repeat(len(length)))  # |t_s|^2
-        length = length + 0 * squares.amax(dim=0).view_as(length)  # NaN where it overflows
+        bank = self.task.bank.T
+        dots = torch.addmm(dot.reshape(-1, 1), video.mul_(radius).flatten(0, 1), bank)  # t_s . v  (pairs, M)
+        squares = square.repeat(len(length))[:, None]  # |t_s|^2
+        squares = squares.addmm(torch.mul(radius, text, out=second).flatten(0, 1), bank, alpha=2)
+        squares.addmm_(torch.mul(radius, radius, out=third).flatten(0, 1), bank.square())
+        length = length + (squares @ squares.new_zeros(len(self.task.bank))).view_as(
+            length
+        )  # NaN if infinite
         cosines = dots.mul_(squares.clamp_min_(1e-24).rsqrt_())
         if isinstance(self.task.noise, MonteCarlo):
-            banks = cosines.unflatten(0, (-1, self.task.noise.M)).amax(dim=1) / length.flatten()
+            banks = cosines.unflatten(1, (-1, self.task.noise.M)).amax(dim=2).T / length.flatten()
             return self.task.noise.reduce(banks).view_as(length).T
-        return (cosines.amax(dim=0).view_as(length) / length).T
+        return (cosines.amax(dim=1).view_as(length) / length).T
 
-    def joint_exponent(
-        self, moved: Tensor, A: Tensor, length: Tensor, sims: Tensor, hidden: Tensor
-    ) -> Tensor:
-        """log R of JointRadius: S W + b + W_o gelu(W_t t' + W_v v'), with v' = sqrt(dim) v / |v|."""
+    def add_joint(self, e: Tensor, moved: Tensor, A: Tensor, length: Tensor, hidden: Tensor) -> None:
+        """Adds what JointRadius has beside S W + b: W_o gelu(W_t t' + W_v v'), v' = sqrt(dim) v / |v|."""
         radius, dim = self.task.model.radius, hidden.shape[1]
         inner = torch.baddbmm(hidden.expand(len(A), -1, -1), (A * (dim**0.5 / length)[:, None]).mT, moved)
-        e = radius.linear(sims).flatten(0, 1)
-        return e.addmm_(F.gelu(inner).flatten(0, 1), radius.out.weight.T).view_as(inner)
+        e.addmm_(F.gelu(inner).flatten(0, 1), radius.out.weight.T)
 
 
 @dataclass(frozen=True)
@@ -540,7 +529,7 @@ class _Atoms:
     """The atoms of a block of videos; k is heads x frames. If v ignores the text, it is the only atom."""
 
     atoms: Tensor  #                                    (videos, k + 2, dim), or (videos, 1, dim)
-    key: Tensor | None = None  # W_k LN1(f)             (heads, videos, frames, dim / heads)
+    key: Tensor | None = None  # LN1(f), or with several heads W_k LN1(f)   (heads, videos, frames, ...)
     gram2: Tensor | None = None  # G of LN2             (videos, k, k)
     gram3: Tensor | None = None  # G of LN3             (videos, k + 1, k + 1)
 
@@ -550,19 +539,16 @@ class _Atoms:
         return self.atoms @ self.atoms.mT
 
     @classmethod
-    def of(cls, psi: XPool, frames: Tensor) -> "_Atoms":
-        """The atoms of psi; see _Fast."""
+    def of(cls, psi: XPool, frames: Tensor, W: Tensor, b: Tensor, Z: Tensor) -> "_Atoms":
+        """The atoms of psi, by the matrices of _folded; see _Fast."""
         videos, _, dim = frames.shape
         normed = psi.norm1(frames)
-        key = psi.key(normed).unflatten(-1, (psi.heads, -1)).permute(2, 0, 1, 3).contiguous()
-        value = psi.value(normed).unflatten(-1, (psi.heads, -1))  # (videos, frames, heads, dim / heads)
-        weight = psi.out.weight.unflatten(-1, (psi.heads, -1))  # (dim, heads, dim / heads)
-        y = torch.einsum("vfhe,dhe->vhfd", value, weight).flatten(1, 2)
-        y = _centred(y + psi.out.bias / psi.heads)
-        z = y * psi.norm2.weight
-        z = _centred(z + F.linear(z, psi.linear.weight))
-        c = _centred(psi.norm2.bias + psi.linear(psi.norm2.bias))
-        z = torch.cat([z, c.expand(videos, 1, dim)], dim=1)
+        key = normed[None]
+        if psi.heads > 1:
+            key = psi.key(normed).unflatten(-1, (psi.heads, -1)).permute(2, 0, 1, 3).contiguous()
+        y = F.linear(normed, W, b).unflatten(-1, (psi.heads, dim)).transpose(1, 2).flatten(1, 2)
+        c = psi.norm2.bias + psi.linear(psi.norm2.bias)
+        z = torch.cat([F.linear(y, Z), (c - c.mean()).expand(videos, 1, dim)], dim=1)
         atoms = torch.cat([z * psi.norm3.weight, psi.norm3.bias.expand(videos, 1, dim)], dim=1)
         return cls(atoms, key, y @ y.mT / dim, z @ z.mT / dim)
 
@@ -578,8 +564,13 @@ class _Atoms:
         return torch.cat([w * inverse_delta, torch.ones_like(inverse_delta)], dim=1)
 
 
-def _centred(x: Tensor) -> Tensor:
-    return x - x.mean(dim=-1, keepdim=True)
+def _folded(psi: XPool) -> tuple[Tensor, Tensor, Tensor]:
+    """W_o W_v of each head (heads x dim, dim), its bias, (I + P) gamma2: all centred over their output."""
+    out, value = psi.out.weight.unflatten(1, (psi.heads, -1)), psi.value.weight.unflatten(0, (psi.heads, -1))
+    W, b = torch.einsum("dhe,hex->hdx", out, value), psi.out(psi.value.bias) / psi.heads
+    Z = torch.diag(psi.norm2.weight) + psi.linear.weight * psi.norm2.weight
+    W = W - W.mean(dim=1, keepdim=True)
+    return W.flatten(0, 1), (b - b.mean()).repeat(psi.heads), Z - Z.mean(dim=0)
 
 
 def _products(y: Tensor, x: Tensor) -> Tensor:
@@ -588,12 +579,9 @@ def _products(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _pool_then_project(psi: XPool, query: Tensor, frames: Tensor) -> Float[Tensor, "videos texts dim"]:
-    """v for few texts: W_k moves to the query's side and W_v behind the pooling, away from the frames.
-
-    q . (W_k x + b) = (W_k' q) . x + q . b, and the softmax does not change by the last term."""
+    """v for few texts, of W_k' q: W_k is on the query's side, W_v behind the pooling, none on the frames."""
     normed = psi.norm1(frames)
-    moved = torch.einsum("hte,hed->htd", query, psi.key.weight.unflatten(0, (psi.heads, -1)))
-    a = torch.einsum("htd,vfd->vhtf", moved, normed).softmax(dim=-1)
+    a = torch.einsum("htd,vfd->vhtf", query, normed).softmax(dim=-1)
     pooled = a @ normed[:, None]  # (videos, heads, texts, dim)
     value = torch.einsum("vhtd,hed->vthe", pooled, psi.value.weight.unflatten(0, (psi.heads, -1)))
     o = psi.norm2(psi.out(value.flatten(-2) + psi.value.bias))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 import model as tmass
+from engine.fast_training import best_of_draws
 from engine.scoring import (
     Delta,
     Expectation,
@@ -19,7 +20,6 @@ from engine.scoring import (
     PairNoise,
     _Task,
     best_of,
-    best_of_draws,
     noise_bank,
     scores,
 )
