@@ -28,8 +28,8 @@ from model import TMASS, MeanPool, XPool
 
 EIGENVECTORS = 16
 SAMPLE = 256  # clips on which a first look is fitted
-BLOCK = 256  # clips at a time: their frames in float32 fit a large cache
 PIECE = 2048  # clips that a thread takes at a time
+BLOCK = 32  # of these at a time, on a CPU: 12 x 512 frames of so many in float32 fit the cache of one core
 
 
 class FirstLook:
@@ -83,16 +83,27 @@ class Fitted:
             u = look.z.T @ (drawn * psi.norm3.weight).T  # (dim, M)
             self.vectors, self.draws = torch.cat([u, look.vectors], dim=1), len(drawn)
         scale = (sample.var(dim=-1, correction=0) + 1e-5).rsqrt()
-        x, y = self._products(sample, scale), F.normalize(video, dim=-1) @ drawn.T  # (sample, M)
-        own = x - x.mean(dim=0)
+        x = self._products(self._pooled(sample, scale))  # (sample, M)
+        own, y = x - x.mean(dim=0), F.normalize(video, dim=-1) @ drawn.T
         self.slope = (own * y).sum() / own.square().sum().clamp_min(1e-12)
         self.level = y.mean(dim=0) - self.slope * x.mean(dim=0)
 
-    def _products(self, frames: Tensor, scale: Tensor) -> Tensor:
-        """u_m . p' / N of some clips, (clips, M)."""
-        logits = (frames.flatten(0, 1) @ self.query).view_as(scale) * scale
-        a = logits.softmax(dim=1) * scale  # weights of the frames as they are, in place of LN1's
-        p = torch.bmm(a[:, None], frames)[:, 0]
+    def _pooled(
+        self, frames: Float[Tensor, "clips frames dim"], scale: Float[Tensor, "clips frames"]
+    ) -> Float[Tensor, "clips dim"]:
+        """p of clips. A block of frames is converted, read twice, and overwritten by the next one."""
+        length = BLOCK if self.query.device.type == "cpu" else len(frames)
+        block = self.query.new_empty(length, *frames.shape[1:])
+        pooled, scale = self.query.new_empty(len(frames), frames.shape[2]), scale.to(self.query)
+        for f, s, p in zip(frames.split(length), scale.split(length), pooled.split(length)):
+            f = block[: len(f)].copy_(f)
+            logits = torch.mv(f.flatten(0, 1), self.query).view_as(s) * s
+            a = logits.softmax(dim=1) * s  # weights of the frames as they are, in place of LN1's
+            torch.bmm(a[:, None], f, out=p[:, None])
+        return pooled
+
+    def _products(self, p: Float[Tensor, "clips dim"]) -> Float[Tensor, "clips M"]:
+        """u_m . p' / N of clips."""
         length = torch.linalg.vector_norm(p, dim=1, keepdim=True).clamp_min(1e-12)
         products = (p @ self.vectors).div_(length)
         if type(self.look.model.fusion) is MeanPool:
@@ -100,26 +111,13 @@ class Fitted:
         squares = self.look.usual + products[:, self.draws :].square() @ self.look.gains
         return products[:, : self.draws] * squares.clamp_min(1e-12).rsqrt()[:, None]
 
-    def buffer(self, frames: Float16[np.ndarray, "clips frames dim"]) -> Float[Tensor, "block frames dim"]:
-        """Memory for one block of clips. To allocate it anew for each piece took as long as all the rest."""
-        return self.level.new_empty(BLOCK, *frames.shape[1:])
-
     @torch.no_grad()
     def scores(
-        self,
-        frames: Float16[np.ndarray, "clips frames dim"],
-        scale: Float32[np.ndarray, "clips frames"],
-        buffer: Float[Tensor, "block frames dim"],
+        self, frames: Float16[np.ndarray, "clips frames dim"], scale: Float32[np.ndarray, "clips frames"]
     ) -> Float[Tensor, " clips"]:
         """The approximate scores of clips. scale: 1 / standard deviation of each frame over its channels."""
-        frames, scale = torch.from_numpy(frames), torch.from_numpy(scale)
-        found = torch.empty(len(frames))
-        for first in range(0, len(frames), BLOCK):
-            part = slice(first, first + BLOCK)
-            block = buffer[: len(found[part])].copy_(frames[part])
-            x = self._products(block, scale[part].to(block.device))
-            found[part] = (x * self.slope + self.level).amax(dim=1)
-        return found
+        x = self._products(self._pooled(torch.from_numpy(frames), torch.from_numpy(scale)))
+        return (x * self.slope + self.level).amax(dim=1).cpu()
 
     def all_scores(self, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> Float[Tensor, " clips"]:
         """The approximate scores of all pieces (frames, scale), with a thread for each of torch's."""
@@ -127,9 +125,8 @@ class Fitted:
         found, turns = [torch.empty(0)] * len(pieces), iter(range(len(pieces)))
 
         def work(_: int) -> None:
-            buffer = self.buffer(pieces[0][0])
             for n in turns:  # each number goes to one thread
-                found[n] = self.scores(*pieces[n], buffer)
+                found[n] = self.scores(*pieces[n])
 
         torch.set_num_threads(1)  # in each
         try:

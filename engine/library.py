@@ -305,13 +305,13 @@ class Library:
                 rows[at] = {"id": f"{key}-{n}", "start": start, "end": None if end < 0 else end}
         return rows
 
-    def clips(self, state: State, numbers: Int[np.ndarray, " some"]) -> Rows:
+    def clips(self, state: State, numbers: Int[np.ndarray, " n"], dtype: torch.dtype = torch.float) -> Rows:
         """Clips by their numbers in a state, in that order."""
         count = next((shard.holds["frames"] for shard in state.shards if shard.rows), 0)
         frames = np.empty((len(numbers), count, self.about["dim"]), np.float16)
         for which, shard, places in state.places(numbers):
             frames[which] = shard.frames[places]
-        return self._rows(state, numbers), torch.from_numpy(frames).float()
+        return self._rows(state, numbers), torch.from_numpy(frames).to(dtype)
 
     def _numbers(self, state: State, ids: Sequence[str]) -> Int[np.ndarray, " some"]:
         """The numbers of clips by their ids, in that order; ids that are not there are left out."""

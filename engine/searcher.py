@@ -203,7 +203,7 @@ class Searcher:
         _, sample = library.clips(state, np.linspace(0, len(state) - 1, SAMPLE).astype(int))
         look = self._look.fit(text, self.noise, sample.to(self.device))
         found = look.all_scores(state.pieces(PIECE))[state.among_pieces()]
-        return [library.clips(state, found.topk(EXACT).indices.numpy())]
+        return [library.clips(state, found.topk(EXACT).indices.numpy(), torch.half)]  # as they are stored
 
     def candidates(self, query: Query) -> tuple[list[dict], Float[Tensor, "clips frames dim"], list[float]]:
         """The clips that may answer a query, with their features and scores. No better one is left out,
@@ -247,7 +247,7 @@ class Searcher:
         order = _ranked(rows, score)
         groups = [[n] for n in order[:k]] if query.all else self._folded(rows, order, k, frames.shape[1])
         best = [group[0] for group in groups]
-        weights, numbers, radii = self._looks(query, frames[best].to(self.device))
+        weights, numbers, radii = self._looks(query, frames[best].to(self.device, torch.float))
         shown = [n for group in groups for n in group]
         files = dict(zip(shown, self.library.file_rows([rows[n]["id"] for n in shown])))
         hits = []
