@@ -63,7 +63,8 @@ def _read(groups: list[list[str]], files: dict[str, Path], cut: str, sizes: tupl
 
 
 def _ahead(items: Iterator, seconds: dict[str, float]) -> Iterator:
-    """The items; while one is used, a thread computes the next one. Their times are added to `seconds`."""
+    """The items; while one is used, a thread computes the next three: of three in a row of `_read`, one at least
+    holds clips. Their times are added to `seconds`."""
 
     def following():
         started = time.perf_counter()
@@ -72,10 +73,10 @@ def _ahead(items: Iterator, seconds: dict[str, float]) -> Iterator:
         return item
 
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(following)
+        futures = collections.deque(pool.submit(following) for _ in range(3))
         try:
-            while (item := future.result()) is not None:
-                future = pool.submit(following)
+            while (item := futures.popleft().result()) is not None:
+                futures.append(pool.submit(following))
                 yield item
         except BaseException:  # also if the items are used no longer
             with ffmpeg.stopped():
