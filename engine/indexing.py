@@ -63,8 +63,8 @@ def _read(groups: list[list[str]], files: dict[str, Path], cut: str, sizes: tupl
 
 
 def _ahead(items: Iterator, seconds: dict[str, float]) -> Iterator:
-    """The items; while one is used, a thread computes the next three: of three in a row of `_read`, one at least
-    holds clips. Their times are added to `seconds`."""
+    """The items; while one is used, a thread computes the next three, of which one at least holds clips (`_read`).
+    Their times are added to `seconds`."""
 
     def following():
         started = time.perf_counter()
