@@ -63,7 +63,7 @@ def _read(groups: list[list[str]], files: dict[str, Path], cut: str, sizes: tupl
 
 
 def _ahead(items: Iterator, seconds: dict[str, float]) -> Iterator:
-    """The items; while one is used, a thread computes the next three, of which one at least holds clips (`_read`).
+    """The items; while one is used, a thread computes the next three, of which one at least holds clips.
     Their times are added to `seconds`."""
 
     def following():
