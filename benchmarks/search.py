@@ -1,22 +1,26 @@
 """How fast a library answers, what a query misses, and how fast clips are indexed.
 
-    python benchmarks/search.py     # 10^3 to 10^5 synthetic clips, and indexing: about 15 minutes on 2 cores
-    python benchmarks/search.py --sizes 1000000 --no-index    # takes 16 GB of disk, and memory to cache it
+    python benchmarks/search.py            # 10^3 to 10^5 synthetic clips, and indexing: about 6 minutes
+    python benchmarks/search.py --sizes    # indexing alone
+    python benchmarks/search.py --sizes 1000000 --queries 5 --no-index    # 16 GB of disk and of memory
+    python benchmarks/search.py --sizes --no-index    # prints the lines of docs/search.md from the JSON
 
 Synthetic clips stand in for a large library. A clip has three scenes; each is one of 2,000 topics plus noise.
 A query is a topic plus noise. psi and R are their initial values plus noise; M = 20. The library is a local
 one, written by Library.add; a separate process opens it, and asks when its files are in the page cache. The
 floor is the larger of two times: the bytes of all features by the speed of reading them, and the operations
 of the first look by the speed of a matrix product, both measured in the same run; plus the operations of the
-exact scores. Rows of the same sizes are replaced in benchmarks/search.json; other rows stay.
+exact scores. Indexing is that of built-in clips, of which decoding, encoding and writing overlap. Rows of the
+same sizes are replaced in benchmarks/search.json; other rows stay. A row names its machine and the load
+(running processes) of the minute before it.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import math
 import os
-import platform
 import re
 import statistics
 import sys
@@ -43,6 +47,7 @@ from model import TMASS  # noqa: E402
 from search import IndexConfig, recall  # noqa: E402
 
 TOPICS, QUERIES, OF_FILE = 2000, 20, 100
+JSON = ROOT / "benchmarks" / "search.json"
 
 
 def random_model(dim: int, frames: int) -> TMASS:
@@ -199,6 +204,43 @@ def index(folder: Path, clips: int, arch: str) -> dict:
     return {"clips": clips, **found, "clips a core-second": found["clips/s"] / os.cpu_count()}
 
 
+def machine() -> dict:
+    """The cores, the processor and the load of this machine."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].replace("(R)", "")
+    return {"machine": f"{torch.get_num_threads()} x {name}", "load": round(os.getloadavg()[0], 1)}
+
+
+def growth(rows: list[dict]) -> float:
+    """The exponent of query seconds against clips: the slope of a line through the logarithms."""
+    x, y = ([math.log(row[name]) for row in rows] for name in ("clips", "query"))
+    return statistics.linear_regression(x, y).slope
+
+
+def tables(content: dict) -> list[str]:
+    """The lines of Markdown that docs/search.md holds: queries, their growth, indexing."""
+    columns = ["clips", "machine", "load", "queries", "open", "query", "floor", "recall@10"]
+    columns += ["of a shortlist of 100", "of 1,000", "everything, a query", "memory", "disk"]
+    lines = [f"| {' | '.join(columns)} |", f"|---:|---|{'---:|' * (len(columns) - 2)}"]
+    for row in content["rows"]:
+        cells = [f"{row['clips']:,}", row["machine"], f"{row['load']}", f"{row['queries']}"]
+        cells += [f"{row[name]:.2f} s" for name in ("open", "query", "floor")]
+        cells += [f"{row[name]:.3f}" for name in ("recall@10", "shortlist 100", "shortlist 1000")]
+        cells += [f"{row['everything, a query']:.2f} s"]
+        cells += [f"{row[name]:.2f} GiB" for name in ("GiB", "disk GiB")]
+        lines.append(f"| {' | '.join(cells)} |")
+    alike = [row for row in content["rows"] if row["machine"] == content["rows"][0]["machine"]]
+    if len(alike) > 1:
+        span = f"{alike[0]['clips']:,} to {alike[-1]['clips']:,} clips"
+        lines.append(f"From {span}, a query's seconds grow as clips to the power of {growth(alike):.2f}.")
+    columns = ["clips", "seconds", "decode", "encode", "write", "clips/s", "clips a core-second"]
+    lines.append(f"| model | machine | load | {' | '.join(columns)} |")
+    lines.append(f"|---|---|---:|{'---:|' * len(columns)}")
+    for arch, row in content["index"].items():
+        cells = [arch, row["machine"], f"{row['load']}", *(f"{row[name]:.4g}" for name in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def run(function, *arguments):
     """The result of a function in a separate process. Ends the program if it failed."""
     answer, code = in_own_process(function, *arguments)
@@ -220,14 +262,12 @@ def main() -> None:
     parser.add_argument("--realtime", action="store_true", help="other work waits while queries are timed")
     parser.add_argument("--no-index", action="store_true")
     args = parser.parse_args()
-    path = ROOT / "benchmarks" / "search.json"
-    content = json.loads(path.read_text()) if path.is_file() else {"rows": [], "index": {}}
-    content["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    content = json.loads(JSON.read_text()) if JSON.is_file() else {"rows": [], "index": {}}
     for clips in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             where = str(Path(folder) / "library.db")
             row = {"clips": clips, "dim": args.dim, "frames": args.frames, "realtime": args.realtime}
-            row["written a second"] = run(fill, where, clips, args.dim, args.frames, folder)
+            row |= machine() | {"written a second": run(fill, where, clips, args.dim, args.frames, folder)}
             row |= run(ask, where, args.dim, args.frames, args.queries, args.realtime)
             row |= run(misses, where, args.dim, args.queries)
             files = [file for file in Path(where).rglob("*") if file.is_file()]
@@ -235,30 +275,13 @@ def main() -> None:
         same = ("clips", "dim", "frames")
         rows = [row, *(old for old in content["rows"] if any(old[name] != row[name] for name in same))]
         content["rows"] = sorted(rows, key=lambda row: row["clips"])
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        JSON.write_text(json.dumps(content, indent=1) + "\n")
         print(json.dumps(row), flush=True)
-    if not args.no_index:
-        for arch, clips in (("tiny", 400), ("ViT-B/32", 60)):
-            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-                content["index"][arch] = run(index, Path(folder), clips, arch)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    columns = ["clips", "T' x d", "open", "query", "floor", "recall@10", "of a shortlist of 100", "of 1,000"]
-    columns += ["everything", "memory", "disk"]
-    print(f"\n| {' | '.join(columns)} |\n|{'---:|' * len(columns)}")
-    for row in content["rows"]:
-        cells = [f"{row['clips']:,}", f"{row['frames']} x {row['dim']}", f"{row['open']:.2f} s"]
-        cells += [f"{row['query']:.3f} s", f"{row['floor']:.3f} s", f"{row['recall@10']:.3f}"]
-        cells += [f"{row[f'shortlist {size}']:.3f}" for size in (100, 1000)]
-        cells += [
-            f"{row['everything, a query']:.2f} s",
-            f"{row['GiB']:.2f} GiB",
-            f"{row['disk GiB']:.2f} GiB",
-        ]
-        print(f"| {' | '.join(cells)} |")
-    columns = ["clips", "seconds", "decode", "encode", "write", "clips/s", "clips a core-second"]
-    print(f"\n| model | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for arch, row in content["index"].items():
-        print(f"| {arch} | {' | '.join(f'{row[name]:.4g}' for name in columns)} |")
+    for arch, clips in (("tiny", 400), ("ViT-B/32", 60)) if not args.no_index else ():
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            content["index"][arch] = machine() | run(index, Path(folder), clips, arch)
+        JSON.write_text(json.dumps(content, indent=1) + "\n")
+    print("\n".join(tables(content)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, small_clip
 
-from benchmarks import gpu, train_step
+from benchmarks import gpu, search, train_step
 from benchmarks.own_process import rows_of
 from engine.config import preset
 from model import TMASS
@@ -167,6 +167,21 @@ def test_a_batch_that_is_too_large_is_halved_until_it_fits(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         train_step.case("tiny", "cpu", "plain")
     assert tried[3:] == [32, 16, 8, 4, 2, 1]
+
+
+# ------------------------------------------------------------------------------------ search
+
+
+def test_the_document_of_search_holds_the_tables_of_its_benchmark():
+    content, document = json.loads(search.JSON.read_text()), (ROOT / "docs" / "search.md").read_text()
+    assert [line for line in search.tables(content) if line not in document.splitlines()] == []
+    assert {row["clips"] for row in content["rows"]} >= {10**3, 10**4, 10**5}
+    assert content["index"].keys() == {"tiny", "ViT-B/32"}
+
+
+def test_the_growth_of_queries_is_the_exponent_of_their_seconds():
+    rows = [{"clips": 10**n, "query": 0.25 * (10**n) ** 0.75} for n in range(3, 7)]
+    assert search.growth(rows) == pytest.approx(0.75)
 
 
 # ------------------------------------------------------------------------------------ a process for each part
