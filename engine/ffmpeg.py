@@ -252,14 +252,24 @@ class Run:
     """A run of ffmpeg on an open video, as a context: it never outlives the block.
 
     options: those of the output, to pipe:1. seek: where to start, about, in seconds; its frames keep their
-    times. sieved: a change of the frame size ends the run, since filters then count from zero again."""
+    times. sieved: a change of the frame size ends the run, since filters then count from zero again. dropped:
+    an expression of the packets, by their number n, that are not decoded."""
 
-    def __init__(self, video: Video, options: Sequence[str], seek: float | None = None, sieved: bool = False):
+    def __init__(
+        self,
+        video: Video,
+        options: Sequence[str],
+        seek: float | None = None,
+        sieved: bool = False,
+        dropped: str = "",
+    ):
         command = [check_ffmpeg(), "-nostdin", "-hide_banner", "-nostats", "-v", "repeat+verbose"]
         command += ["-protocol_whitelist", "fd", "-format_whitelist", FORMATS]
         command += ["-threads", "1", "-max_pixels", str(video.most)]
         if seek is not None:
             command += ["-noaccurate_seek", "-copyts", "-start_at_zero", "-ss", f"{seek:.6f}"]
+        if dropped:
+            command += ["-bsf:v", f"noise=drop='{dropped}'"]
         os.lseek(video.file, 0, os.SEEK_SET)
         pipes = dict(stdin=video.file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.video, self.expired = video, False

@@ -4,6 +4,7 @@ Times are those of a player: seconds from the start of the file; in MPEG-TS and 
 packet. A frame is on screen until the next one.
 """
 
+import bisect
 import functools
 import itertools
 import threading
@@ -25,6 +26,8 @@ SHORT_FILE = 2**18  # bytes: smaller files are decoded whole, in one pass
 SHORT_PIPE = 2**25  # bytes of decoded frames at which such a pass stops
 LARGE = 2**24  # pixels: of files with larger frames, one is decoded at a time
 MANY = 500  # frames: if more are wanted, all frames are read
+SKIP = 2000  # packets: if fewer need not be decoded, the whole file is
+HEAD = 64  # packets: so many at the start are always decoded, since frames that are not shown are often there
 MARGINS = (0.0, 2.0, 10.0, 60.0)  # seconds before a window at which ffmpeg is asked to start
 
 _one_large = threading.Lock()
@@ -42,11 +45,15 @@ class Packets:
     tick: float  # seconds: the unit of the times
     end: float  # seconds: where the last one ends
     length: float  # seconds: the same, or the file's own statement if it is longer
+    codec: str
+    plain: bool  # whether each has a time, none is marked to be discarded, and none brings other data
 
 
-Packet = tuple[int, bool, float, float, float]  # mark, whether it is a key frame; time, end, tick in seconds
+# mark, whether it is a key frame; time, end, tick in seconds; whether it is plain
+Packet = tuple[int, bool, float, float, float, bool]
 COPY = "-c copy -copyinkf -f framecrc pipe:1".split()
 UNKNOWN = -(2**63)  # a packet without a time
+PLAIN = {b"F=0x0", b"F=0x10"}  # flags of packets: none, not needed by others; a key frame's is not listed
 
 
 def _packets(lines: Iterable[bytes]) -> Iterator[Packet]:
@@ -60,7 +67,8 @@ def _packets(lines: Iterable[bytes]) -> Iterator[Packet]:
             stream, dts, pts, duration, size, checksum, *rest = line.split(b",")
             ticks, (over, under) = int(dts) if int(pts) == UNKNOWN else int(pts), scales[stream]
             mark, key = hash((ticks, size, checksum.strip())), not any(b"F=" in part for part in rest)
-            yield mark, key, ticks * over / under, (ticks + int(duration)) * over / under, over / under
+            plain = int(pts) != UNKNOWN and {part.strip() for part in rest} <= PLAIN
+            yield mark, key, ticks * over / under, (ticks + int(duration)) * over / under, over / under, plain
 
 
 @functools.lru_cache(maxsize=16)
@@ -71,8 +79,9 @@ def _probe(video: Video) -> Packets:
         run.finish()
     marks = np.array([mark for mark, *_ in packets], dtype=np.int64)
     times = np.array([seconds for _, _, seconds, *_ in packets])
-    end, tick = max((packet[3:] for packet in packets), default=(0.0, 0.0))
-    return Packets(marks, times, tick, end, _length(video, run.log, end))
+    end, tick = max((packet[3:5] for packet in packets), default=(0.0, 0.0))
+    codec, plain = run.log.streams.get(run.log.used, "").partition(" ")[0], all(last for *_, last in packets)
+    return Packets(marks, times, tick, end, _length(video, run.log, end), codec, plain)
 
 
 def _length(video: Video, log: Log, end: float) -> float:
@@ -83,7 +92,7 @@ def _length(video: Video, log: Log, end: float) -> float:
     slack = 0.5 + declared / 200
     if declared > end + slack and not log.format.startswith("mov"):  # ffmpeg reports a cut MP4 itself
         with Run(video, ["-map", "0:v?", "-map", "0:a?", "-map", "0:s?", *COPY]) as run:
-            found = max((end for *_, end, _ in _packets(run.process.stdout)), default=0.0)
+            found = max((packet[3] for packet in _packets(run.process.stdout)), default=0.0)
             run.finish()
         if declared > found + slack:
             what = f"it declares {declared:g} s and holds {found:g} s"
@@ -189,7 +198,8 @@ def _decode(video: Video, num_frames: int, start: float, end: float | None, keep
         return [kept[number] for number in wanted]
     packets = _probe(video)
     if not window:
-        return _decode_whole(video, num_frames, len(packets.marks), keep)
+        found = _decode_some(video, packets, num_frames, keep)
+        return found or _decode_whole(video, num_frames, len(packets.marks), keep)
     until = None if end is None else end + packets.tick + 1e-6  # ffmpeg rounds to ticks
     seek, times = _timeline(video, packets, start, until)
     wanted = _midpoints(_on_screen(times, start, end, packets.length), num_frames)
@@ -227,6 +237,74 @@ def _decode_whole(video: Video, num_frames: int, count: int, keep: Callable) -> 
         else:
             count = found[1]
     return []
+
+
+# ---- long files: only what the chosen frames need
+
+# Units of an IDR frame, at which a decoder starts anew, and of the parameters of the decoder.
+UNITS = {"h264": ("5", "7|8"), "hevc": ("19|20", "32|33|34")}
+
+
+def _decode_some(video: Video, packets: Packets, num_frames: int, keep: Callable) -> list[Frame] | None:
+    """The frames at the midpoints of a long file, decoded from the last IDR frame before each of them.
+
+    None if the whole file has to be decoded: if that is little more, if the packets do not tell the order of
+    the frames, if the decoder reports an error, or if it shows other frames than these packets'. Damage of
+    packets that are left out is not noticed."""
+    times, count = packets.times, len(packets.times)
+    if count < SKIP or num_frames > MANY or not packets.plain or packets.codec not in UNITS:
+        return None
+    starts, order = _starts(video, packets), np.argsort(times)
+    if not starts or (np.diff(times[order]) <= 0).any():
+        return None
+    wanted, lasts = [int(order[number]) for number in segment_midpoints(count, num_frames)], {0: HEAD - 1}
+    for at in wanted:
+        start = starts[bisect.bisect_right(starts, at) - 1]
+        lasts[start] = max(lasts.get(start, at), at)
+    used = np.unique(np.concatenate([np.arange(start, last + 1) for start, last in lasts.items()]))
+    if count - len(used) < max(SKIP, count // 2):
+        return None
+    shown = np.sort(times[used])
+    numbers = [int(number) for number in np.searchsorted(shown, times[wanted])]
+    select = "select=" + "+".join(f"eq(n\\,{number})" for number in sorted({*numbers}))
+    dropped = "not(" + "+".join(f"between(n,{start},{last})" for start, last in lasts.items()) + ")"
+    options, found, seen = ["-map", video.stream, "-vf", f"{SHOW},{select}", *RAW], {}, []
+    with Run(video, options, sieved=True, dropped=dropped) as run:
+        for number, (frame, pixels) in enumerate(run.frames({*numbers})):
+            seen.append(frame.time)
+            if pixels is not None:
+                found[number] = keep(pixels)
+        run.wait()
+    sound = run.process.returncode == 0 and not run.log.errors and not run.log.corrupt
+    if not sound or len(seen) != len(shown) or None in seen or abs(shown - seen).max() > packets.tick / 2:
+        return None
+    return [found[number] for number in numbers]
+
+
+def _starts(video: Video, packets: Packets) -> list[int]:
+    """The numbers of the packets with an IDR frame. None are returned if the file is not made of parts, each
+    from one IDR frame to the next, that are shown one after the other and bring no parameters in between."""
+    idr, parameters = UNITS[packets.codec]
+    filters = [
+        "-bsf:v:0",
+        f"filter_units=pass_types={idr}",
+        "-bsf:v:1",
+        f"filter_units=pass_types={parameters}",
+    ]
+    with Run(video, ["-map", video.stream, "-map", video.stream, *filters, *COPY]) as run:
+        lines = list(run.process.stdout)
+        run.wait()
+    times, place = packets.times, {time: number for number, time in enumerate(packets.times.tolist())}
+    starts, changes = (
+        [
+            place.get(seconds, -1)
+            for _, _, seconds, *_ in _packets(x for x in lines if x.startswith((b"#", n)))
+        ]
+        for n in (b"0", b"1")
+    )
+    before, after = np.maximum.accumulate(times), np.minimum.accumulate(times[::-1])[::-1]
+    ordered = all(times[n] == after[n] and (n == 0 or before[n - 1] < times[n]) for n in starts)
+    return starts if starts[:1] == [0] and {*changes} <= {*starts} and ordered else []
 
 
 def _pick(

@@ -77,6 +77,47 @@ def test_a_long_window_starts_near_it_and_not_at_the_start_of_the_file(tmp_path,
     assert seeks == [None, 5.0, 5.0]  # packets, times, pixels
 
 
+LONG = {
+    "hevc.mp4": "-c:v libx265 -preset ultrafast -x265-params keyint=40:bframes=3:log-level=error:pools=none",
+    "late.mp4": f"{X264} -g 40 -bf 2 -output_ts_offset 3",
+    "negative.mkv": f"{X264} -g 40 -bf 3 -x264-params b-pyramid=normal -avoid_negative_ts disabled",
+    "steps.mp4": f"{X264} -g 40 -bf 3 -vf setpts='N*(1+mod(N\\,3))' -fps_mode vfr",
+}
+IN_PARTS = {"b-frames.mp4", "open-gop.mkv", "fragmented.mp4", "h264.flv", "sparse.mp4", *LONG}
+
+
+@pytest.mark.parametrize("name", [*CONTAINERS, *LONG, "edited.mp4"])
+def test_frames_of_a_long_file_are_exact_although_only_parts_are_decoded(name, tmp_path, monkeypatch):
+    """Limits are low here, so that files of 200 frames count as long. Other files are decoded whole."""
+    for limit, value in (("SHORT_FILE", 0), ("SKIP", 1), ("HEAD", 5)):
+        monkeypatch.setattr(engine.video, limit, value)
+    decode_some, parts = engine.video._decode_some, []
+    monkeypatch.setattr(engine.video, "_decode_some", lambda *a: parts.append(decode_some(*a)) or parts[-1])
+    if name == "edited.mp4":  # starts between two key frames: an edit list hides the frames before
+        path = tmp_path / name
+        ffmpeg("-ss", 1.3, "-i", container("b-frames.mp4"), "-c", "copy", path)
+    else:
+        path = make(tmp_path / name, LONG[name]) if name in LONG else container(name)
+    whole, _ = reference(path)
+    for num_frames in (1, 2, 3):
+        found = [md5(frame) for frame in decode_frames(path, num_frames)]
+        assert found == [whole[n] for n in segment_midpoints(len(whole), num_frames)]
+    assert any(parts) == (name in IN_PARTS)
+
+
+def test_a_long_file_with_an_error_in_a_decoded_part_is_decoded_whole(tmp_path, monkeypatch):
+    path, expected = tmp_path / "a.mp4", []
+    content = bytearray(container("b-frames.mp4").read_bytes())
+    content[len(content) // 10 : len(content) // 10 + 400] = bytes(400)  # in the first of four parts
+    path.write_bytes(content)
+    for skip in (2000, 1):
+        for limit, value in (("SHORT_FILE", 0), ("HEAD", 5), ("SKIP", skip)):
+            monkeypatch.setattr(engine.video, limit, value)
+        with pytest.warns(UserWarning, match="damaged"):
+            expected.append([md5(frame) for frame in decode_frames(path, 3)])
+    assert expected[0] == expected[1]
+
+
 def test_times_that_jump_in_a_recording_are_those_of_a_player(tmp_path, monkeypatch):
     """Two recordings one after the other: the second begins anew, or 5,000 s later."""
     monkeypatch.setattr(engine.video, "SHORT_FILE", 0)
