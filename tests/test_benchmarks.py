@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, small_clip
+from videos import container
 
-from benchmarks import gpu, search, train_step
+from benchmarks import frames, gpu, search, train_step
 from benchmarks.own_process import rows_of
 from engine.config import preset
 from model import TMASS
@@ -182,6 +183,44 @@ def test_the_document_of_search_holds_the_tables_of_its_benchmark():
 def test_the_growth_of_queries_is_the_exponent_of_their_seconds():
     rows = [{"clips": 10**n, "query": 0.25 * (10**n) ** 0.75} for n in range(3, 7)]
     assert search.growth(rows) == pytest.approx(0.75)
+
+
+# ----------------------------------------------------------------------------------------- the one for frames
+
+
+def test_the_tables_of_the_document_are_those_of_the_committed_run():
+    found = json.loads((ROOT / "benchmarks" / "frames.json").read_text())
+    document = (ROOT / "docs" / "data.md").read_text()
+    for table in frames.tables(found).split("\n\n"):
+        assert f"\n\n{table}\n\n" in document
+
+
+def test_each_way_to_read_frames_that_is_installed_gives_those_of_a_full_decode(tmp_path, monkeypatch):
+    """In this process. A file that is no video is left out."""
+    monkeypatch.setattr(frames, "in_own_process", lambda function, *arguments: (function(*arguments), 0))
+    (tmp_path / "videos").mkdir()
+    for name in ("b-frames.mp4", "long-gop.ts"):
+        (tmp_path / "videos" / name).symlink_to(container(name))
+    (tmp_path / "videos" / "no.mp4").write_text("no video")
+    clips = frames.clips_of(tmp_path / "videos")
+    count, rows = frames.compared(clips, tmp_path, rounds=1)
+    there = {name for name, way in frames.WAYS.items() if not way.package or frames.version(way.package)}
+    assert count == 2 and {row["way"] for row in rows} == there >= {frames.OURS}
+    for row in rows:
+        assert row["read"] == 2 and row["cpu"] > 0 and row["wall"] > 0
+        if frames.WAYS[row["way"]].package == "":
+            assert row["exact"] == (1.0 if frames.WAYS[row["way"]].compared else None)
+    grown = frames.growth(clips[0], tmp_path, (1, 2))
+    assert grown["frames"] == [200, 400] and all(len(row["cpu"]) == 2 for row in grown["rows"])
+    table = frames.tables({"clips": count, "rows": rows, "odd": {"clips": 2, "rows": rows}, "growth": grown})
+    assert f"| {frames.OURS} | " in table and table.count("not installed") == len(frames.WAYS) - len(there)
+
+
+def test_a_frame_beside_the_right_one_is_not_exact_and_one_in_other_colours_is():
+    whole = [torch.randint(250, (6, 8, 3), dtype=torch.uint8).numpy() for _ in range(30)]
+    right = [whole[number] + 3 for number in frames.segment_midpoints(30, frames.FRAMES)]
+    assert frames.exact(right, whole) == 12 and frames.exact([*right[1:], right[0]], whole) == 0
+    assert frames.exact([frame[:, 1:] for frame in right], whole) == 0
 
 
 # ------------------------------------------------------------------------------------ a process for each part
