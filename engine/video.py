@@ -23,7 +23,7 @@ from engine.files import PICTURE_SUFFIXES, DataError
 from engine.pictures import read_picture
 
 SHORT_FILE = 2**18  # bytes: smaller files are decoded whole, in one pass
-SHORT_PIPE = 2**25  # bytes of decoded frames at which such a pass stops
+SHORT_PIPE = 2**22  # bytes of decoded frames at which such a pass stops
 LARGE = 2**24  # pixels: of files with larger frames, one is decoded at a time
 MANY = 500  # frames: if more are wanted, all frames are read
 SKIP = 2000  # packets: if fewer need not be decoded, the whole file is
