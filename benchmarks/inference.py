@@ -5,7 +5,7 @@
 
 d = 512, T' = 12, M = 20, float32, random features of CLIP's scale, one head in psi. Each case runs in its own
 process. Memory is the growth of its peak beyond features and scores. Ratios compare cases of one run. Writes
-benchmarks/inference.json and assets/inference.png.
+benchmarks/inference.json and assets/inference.png, and prints the table of docs/inference.md.
 """
 
 import argparse
@@ -166,6 +166,32 @@ def exponent(rows: list[dict], form: str) -> float | None:
     return float(np.polyfit(pairs, seconds, 1)[0])
 
 
+def markdown(content: dict) -> str:
+    """The table of docs/inference.md, from the content of benchmarks/inference.json."""
+    rows = [row for row in content["rows"] if row.get("device") == "cpu"]
+    of = {(row["form"], row["texts"], row["videos"]): row for row in rows if row["dtype"] == "float32"}
+    forms = "fast", "fast, R of t and v", "bare products", "literal, blocked, own draws", "literal, blocked"
+    names = "fast", "fast, `R joint`", "bare products", "as the paper reads", "shared draws"
+    head = f"| texts × videos | {' | '.join(names)} | literal, in one piece | fast: peak memory |"
+    lines = [head, "|---|" + "---:|" * 7]
+    for _, texts, videos in (case for case in of if case[0] == "fast"):
+        found = [of.get((form, texts, videos)) for form in (*forms, "literal")]
+        cells = ["" if row is None else digits(row["seconds"]) + " s" for row in found]
+        if found[-1] is not None:
+            cells[-1] += f", {found[-1]['gib']:.1f} GiB"
+        lines.append(f"| {texts:,} × {videos:,} | {' | '.join(cells)} | {found[0]['gib']:.2f} GiB |")
+    for row in (row for row in rows if row["form"] == "one query"):
+        lines.append(
+            f"| 1 × {row['videos']:,} (float16 map on disk) | {digits(row['seconds'])} s |" + " |" * 6
+        )
+    return "\n".join(lines)
+
+
+def digits(x: float) -> str:
+    """A number with three digits, or all of those before the point."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.{2 - max(0, int(np.floor(np.log10(x))))}f}"
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Draws seconds against pairs, log-log, one line for each form."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
@@ -206,7 +232,7 @@ def main() -> None:
                 print(f"{form:<27} {n} x {n}: not run, t_s alone takes {M * n * n * DIM * 4 / 2**30:.0f} GiB")
                 continue
             rows.append(run(case, form, n, n, "cpu", "float32"))
-    few = [(n, 10**6 // n) for n in (32, 10**6 // 32)]  # few texts, then few videos: a million pairs
+    few = [(n, 10**6 // n) for n in (32, 128, 10**6 // 128, 10**6 // 32)]  # texts, videos: a million pairs
     rows += [run(case, "fast", texts, videos, "cpu", "float32") for texts, videos in few]
     if args.large:
         rows += [run(case, "fast", 10_000, videos, "cpu", "float32") for videos in (10, 100, 1000)]
@@ -239,8 +265,9 @@ def main() -> None:
         )
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     about = dict(machine=f"{cpu}, torch {torch.__version__}", command=" ".join(sys.argv))
-    content = json.dumps({**about, "exponents": growth, "rows": rows}, indent=1)
-    (ROOT / "benchmarks" / "inference.json").write_text(content + "\n")
+    content = {**about, "exponents": growth, "rows": rows}
+    (ROOT / "benchmarks" / "inference.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(markdown(content))
     plot([row for row in rows if "seconds" in row], ROOT / "assets" / "inference.png")
 
 

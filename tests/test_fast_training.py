@@ -1,5 +1,6 @@
 """The fast form of a training step: the loss and gradients of the literal one, and where it is not used."""
 
+import platform
 from dataclasses import replace
 
 import pytest
@@ -147,3 +148,21 @@ def test_what_it_does_not_know_is_left_to_the_literal_form(case, monkeypatch):
     if case == "loss":
         monkeypatch.setitem(LOSSES, "L_ce", lambda radius, **_: radius.mean())
     assert fast_symbols(model, text, frames, config) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems free memory in another way")
+def test_new_tensors_take_the_memory_of_freed_ones():
+    """Without page faults: a tensor of 4 MiB has 1,024 pages."""
+    import resource
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def some() -> None:
+        for _ in range(10):
+            _ = [torch.zeros(2**20) for _ in range(8)]
+
+    some()
+    before = faults()
+    some()
+    assert faults() - before < 5 * 1024
