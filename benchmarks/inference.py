@@ -33,15 +33,16 @@ from evaluate import scores_literal  # noqa: E402
 from model import RADII, TMASS, XPool  # noqa: E402
 
 DIM, FRAMES, M = 512, 12, 20
+GROWTH_AT = 512  # texts and videos of the cases that vary M and T'
 
 
 class Heads(TMASS):
     """psi and R with random weights: the parts of a model that scoring uses. It has no CLIP."""
 
-    def __init__(self, radius: str = "linear") -> None:
+    def __init__(self, radius: str = "linear", frames: int = FRAMES) -> None:
         torch.nn.Module.__init__(self)
         torch.manual_seed(0)
-        self.fusion, self.radius = XPool(DIM), RADII[radius](FRAMES, DIM)
+        self.fusion, self.radius = XPool(DIM), RADII[radius](frames, DIM)
         for parameter in self.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
         self.eval().requires_grad_(False)
@@ -93,14 +94,16 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def case(form: str, texts: int, videos: int, device: str, dtype: str) -> dict:
+def case(
+    form: str, texts: int, videos: int, device: str, dtype: str, draws: int = M, per_video: int = FRAMES
+) -> dict:
     """Runs a case in this process. Returns what it is, its seconds and its memory in GiB."""
     to = dict(device=device, dtype=getattr(torch, dtype))
-    model = Heads("joint" if form == "fast, R of t and v" else "linear").to(**to)
+    model = Heads("joint" if form == "fast, R of t and v" else "linear", per_video).to(**to)
     generator = torch.Generator().manual_seed(0)
     text = (0.45 * torch.randn(texts, DIM, generator=generator)).to(**to)
-    frames = (0.45 * torch.randn(videos, FRAMES, DIM, generator=generator)).to(**to)
-    noise = noise_bank(M, DIM, 0).to(**to)
+    frames = (0.45 * torch.randn(videos, per_video, DIM, generator=generator)).to(**to)
+    noise = noise_bank(draws, DIM, 0).to(**to)
     with torch.no_grad():
         FORMS[form](model, text[:64], frames[:64], noise)  # warm up
         if device == "cuda":
@@ -118,7 +121,8 @@ def case(form: str, texts: int, videos: int, device: str, dtype: str) -> dict:
         gib = torch.cuda.max_memory_allocated() / 2**30
     else:
         gib = max(0.0, peak() - before - out.numel() * 4 / 2**30)
-    row = dict(form=form, texts=texts, videos=videos, device=device, dtype=dtype, seconds=seconds, gib=gib)
+    row = dict(form=form, texts=texts, videos=videos, device=device, dtype=dtype, M=draws, frames=per_video)
+    row.update(seconds=seconds, gib=gib)
     if texts == videos and form == "fast":
         row["R@1"] = retrieval_metrics(out.float(), torch.arange(texts, device=device))["t2v"]["R@1"]
     return row
@@ -136,7 +140,9 @@ def query_case(videos: int, folder: str) -> dict:
     scores(model, text, frames[:1000], noise)
     started = time.perf_counter()
     scores(model, text, frames, noise)
-    about = dict(form="one query", texts=1, videos=videos, device="cpu", dtype="float16 map")
+    about = dict(
+        form="one query", texts=1, videos=videos, device="cpu", dtype="float16 map", M=M, frames=FRAMES
+    )
     return dict(**about, seconds=time.perf_counter() - started, gib=None)
 
 
@@ -155,21 +161,37 @@ def run(function, *arguments) -> dict:
     return row
 
 
-def exponent(rows: list[dict], form: str) -> float | None:
-    """p of seconds = c pairs^p, fitted to a form's three largest sizes (least squares of logarithms).
+def exponent(points: list[tuple[float, float]]) -> float | None:
+    """p of seconds = c size^p, fitted to the three largest sizes (least squares of logarithms).
 
-    None for fewer than two sizes."""
-    points = sorted((row["texts"] * row["videos"], row["seconds"]) for row in rows if row["form"] == form)
+    points: (size, seconds). None for fewer than two."""
     if len(points) < 2:
         return None
-    pairs, seconds = np.log(points[-3:]).T
-    return float(np.polyfit(pairs, seconds, 1)[0])
+    sizes, seconds = np.log(sorted(points)[-3:]).T
+    return float(np.polyfit(sizes, seconds, 1)[0])
+
+
+def growth(rows: list[dict]) -> dict[str, float]:
+    """The exponents of all forms in the number of pairs, and of the fast form in M and in frames a video."""
+    known = [row for row in rows if row.get("device") == "cpu" and row.get("dtype") == "float32"]
+    square = [row for row in known if row["texts"] == row["videos"]]
+    usual = [row for row in square if (row["M"], row["frames"]) == (M, FRAMES)]
+    found = {}
+    for form in FORMS:
+        points = [(row["texts"] * row["videos"], row["seconds"]) for row in usual if row["form"] == form]
+        found[f"{form}, in pairs"] = exponent(points)
+    for size in ("M", "frames"):
+        fast = [row for row in square if row["form"] == "fast" and row["texts"] == GROWTH_AT]
+        others = [row for row in fast if row in usual or row[size] != {"M": M, "frames": FRAMES}[size]]
+        found[f"fast, in {size}"] = exponent([(row[size], row["seconds"]) for row in others])
+    return {name: power for name, power in found.items() if power is not None}
 
 
 def markdown(content: dict) -> str:
     """The table of docs/inference.md, from the content of benchmarks/inference.json."""
     rows = [row for row in content["rows"] if row.get("device") == "cpu"]
-    of = {(row["form"], row["texts"], row["videos"]): row for row in rows if row["dtype"] == "float32"}
+    usual = [row for row in rows if row["dtype"] == "float32" and (row["M"], row["frames"]) == (M, FRAMES)]
+    of = {(row["form"], row["texts"], row["videos"]): row for row in usual}
     forms = "fast", "fast, R of t and v", "bare products", "literal, blocked, own draws", "literal, blocked"
     names = "fast", "fast, `R joint`", "bare products", "as the paper reads", "shared draws"
     head = f"| texts × videos | {' | '.join(names)} | literal, in one piece | fast: peak memory |"
@@ -206,7 +228,9 @@ def plot(rows: list[dict], path: Path) -> None:
     }
     for form, (colour, marker) in styles.items():
         found = [row for row in rows if row.get("form") == form and row["device"] == "cpu"]
-        found = [row for row in found if row["dtype"] == "float32"]
+        found = [
+            row for row in found if row["dtype"] == "float32" and row["M"] == M and row["frames"] == FRAMES
+        ]
         points = sorted((row["texts"] * row["videos"], row["seconds"]) for row in found)
         axis.plot(*zip(*points), color=colour, marker=marker, label=form)
     axis.set(
@@ -234,6 +258,8 @@ def main() -> None:
             rows.append(run(case, form, n, n, "cpu", "float32"))
     few = [(n, 10**6 // n) for n in (32, 128, 10**6 // 128, 10**6 // 32)]  # texts, videos: a million pairs
     rows += [run(case, "fast", texts, videos, "cpu", "float32") for texts, videos in few]
+    rows += [run(case, "fast", GROWTH_AT, GROWTH_AT, "cpu", "float32", draws) for draws in (5, 80, 320)]
+    rows += [run(case, "fast", GROWTH_AT, GROWTH_AT, "cpu", "float32", M, frames) for frames in (6, 24, 48)]
     if args.large:
         rows += [run(case, "fast", 10_000, videos, "cpu", "float32") for videos in (10, 100, 1000)]
         rows.append(run(case, "fast", 27_763, 670, "cpu", "float32"))
@@ -246,7 +272,8 @@ def main() -> None:
     else:
         print("CUDA: not run (no device)")
 
-    square = [row for row in rows if row.get("device") == "cpu" and row["texts"] == row["videos"]]
+    usual = [row for row in rows if (row.get("M"), row.get("frames")) == (M, FRAMES)]
+    square = [row for row in usual if row["device"] == "cpu" and row["texts"] == row["videos"]]
     seconds = {(row["form"], row["texts"]): row["seconds"] for row in square}
     for n in args.sizes:
         fast = seconds["fast", n]
@@ -254,9 +281,9 @@ def main() -> None:
         literal = f"1/{own:.0f} of the literal blocked form's time with own draws for each pair (the paper)"
         products = f"{fast / seconds['bare products', n]:.2f} times the bare products'"
         print(f"N = {n}: fast takes {literal}, 1/{shared:.0f} with shared draws, and {products}")
-    growth = {form: power for form in FORMS if (power := exponent(square, form)) is not None}
-    print("\n".join(f"{form}: time grows with pairs ** {power:.2f}" for form, power in growth.items()))
-    each = {(row["texts"], row["videos"]): row["seconds"] / row["texts"] / row["videos"] for row in rows
+    powers = growth(rows)
+    print("\n".join(f"{name}: time grows with the power {power:.2f}" for name, power in powers.items()))
+    each = {(row["texts"], row["videos"]): row["seconds"] / row["texts"] / row["videos"] for row in usual
             if row.get("form") == "fast" and row["device"] == "cpu"}  # fmt: skip
     for texts, videos in few:
         ratio = each[texts, videos] / each[max(args.sizes), max(args.sizes)]
@@ -265,7 +292,7 @@ def main() -> None:
         )
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     about = dict(machine=f"{cpu}, torch {torch.__version__}", command=" ".join(sys.argv))
-    content = {**about, "exponents": growth, "rows": rows}
+    content = {**about, "exponents": powers, "rows": rows}
     (ROOT / "benchmarks" / "inference.json").write_text(json.dumps(content, indent=1) + "\n")
     print(markdown(content))
     plot([row for row in rows if "seconds" in row], ROOT / "assets" / "inference.png")
