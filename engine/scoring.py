@@ -492,7 +492,7 @@ class _Fast:
         if moved is not None or type(model.radius) is LinearRadius:
             e = torch.mm(F.pad(sims, (0, 1), value=1.0).flatten(0, 1), self.affine, out=third.flatten(0, 1))
             if moved is not None:
-                self.add_joint(e, moved, A, length, self.hidden[some])
+                self.add_joint(e, second, moved, A, length, self.hidden[some])
             radius = third.exp_()
         else:
             e = model.radius.exponent(sims, text, video)  # log R, (videos, texts, dim) or (videos, texts, 1)
@@ -517,11 +517,14 @@ class _Fast:
             return self.task.noise.reduce(banks).view_as(length).T
         return (cosines.amax(dim=1).view_as(length) / length).T
 
-    def add_joint(self, e: Tensor, moved: Tensor, A: Tensor, length: Tensor, hidden: Tensor) -> None:
+    def add_joint(
+        self, e: Tensor, memory: Tensor, moved: Tensor, A: Tensor, length: Tensor, hidden: Tensor
+    ) -> None:
         """Adds what JointRadius has beside S W + b: W_o gelu(W_t t' + W_v v'), v' = sqrt(dim) v / |v|."""
         radius, dim = self.task.model.radius, hidden.shape[1]
-        inner = torch.baddbmm(hidden.expand(len(A), -1, -1), (A * (dim**0.5 / length)[:, None]).mT, moved)
-        e.addmm_(F.gelu(inner).flatten(0, 1), radius.out.weight.T)
+        scaled = (A * (dim**0.5 / length)[:, None]).mT
+        inner = torch.baddbmm(hidden.expand(len(A), -1, -1), scaled, moved, out=memory)
+        e.addmm_(torch.ops.aten.gelu_(inner).flatten(0, 1), radius.out.weight.T)
 
 
 @dataclass(frozen=True)
