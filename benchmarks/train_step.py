@@ -18,6 +18,7 @@ the whole peak on CUDA. Ratios compare cases of one run. Writes benchmarks/train
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -359,17 +360,9 @@ def contention_case(name: str, batch: int) -> dict:
 def heads() -> dict:
     """Measures and prints the steps of psi and R alone."""
     rows = [row for name in HEADS for batch in (32, 64) if (row := run(heads_case, name, batch))]
-    print("\npsi and R on fixed features\n\n| model | batch | literal, ms | fast, ms | ratio |")
-    print("|---|---:|---:|---:|---:|")
-    for row in rows:
-        ms = row["ms"]
-        times = f"{ms['literal']:.1f} | {ms['fast']:.1f} | {row['ratio']:.2f}"
-        print(f"| {row['model']} | {row['batch']} | {times} |")
-    contention = contention_case("X-Pool", 64)
-    print("\n| X-Pool, batch 64 | ms |\n|---|---:|")
-    for what, ms in contention["ms"].items():
-        print(f"| {what} | {ms:.0f} |")
-    return dict(load=os.getloadavg()[0], rows=rows, contention=contention)
+    found = dict(load=os.getloadavg()[0], rows=rows, contention=contention_case("X-Pool", 64))
+    print("\n".join(("", heads_table(found), "", contention_table(found))))
+    return found
 
 
 def run(function: Callable, *arguments) -> dict | None:
@@ -390,16 +383,68 @@ def compare(arch: str, device: str, peak: float) -> list[dict]:
     rows = [max(same, key=lambda row: row["clips/s"]) for same in runs.values() if same]
     plain = next((row for row in rows if row["step"] == "plain"), None)
     flops = plain["flops"] / plain["batch"] if plain else float("nan")
-    print(f"\n{arch} on {device}, {BATCH} x {FRAMES} frames, {flops * BATCH / 1e12:.3g} TFLOP a step\n")
-    print("| step | steps/s | clips/s | ratio | peak memory, GiB | MFU, % |\n|---|---:|---:|---:|---:|---:|")
     for row in rows:
         row["ratio"] = row["clips/s"] / plain["clips/s"] if plain else None
         row["mfu"] = 100 * flops * row["clips/s"] / peak
-        smaller = f", batch {row['batch']} (out of memory with more)" if row["batch"] < BATCH else ""
-        ratio = f"{row['ratio']:.2f}" if plain else "-"
-        speed = f"{row['steps/s']:.2f} | {row['clips/s']:.1f} | {ratio}"
-        print(f"| {row['step']}{smaller} | {speed} | {row['gib']:.2f} | {row['mfu']:.1f} |", flush=True)
+    print(f"\n{arch} on {device}, {BATCH} x {FRAMES} frames, {flops * BATCH / 1e12:.3g} TFLOP a step\n")
+    print(steps_table(rows), flush=True)
     return rows
+
+
+# The tables of docs/training.md, from the content of benchmarks/train_step.json.
+
+
+def steps_table(rows: list[dict]) -> str:
+    """Steps of one model beside each other."""
+    lines = [
+        "| step | steps/s | clips/s | ratio | memory beyond weights, GiB | MFU, % |",
+        "|---|" + "---:|" * 5,
+    ]
+    for row in rows:
+        step = row["step"].replace("train_step --micro-batch 8", "train_step, `--micro-batch 8`")
+        smaller = f", batch {row['batch']} (out of memory with more)" if row["batch"] < BATCH else ""
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        speed = f"{row['steps/s']:.2f} | {row['clips/s']:.1f} | {ratio}"
+        lines.append(f"| {step}{smaller} | {speed} | {row['gib']:.2f} | {row['mfu']:.1f} |")
+    return "\n".join(lines)
+
+
+def stages_table(row: dict) -> str:
+    """Milliseconds and percent of each stage of a step."""
+    ms, total = row["ms"], sum(row["ms"].values())
+    lines = ["| stage of a step | " + " | ".join(ms) + " |", "|---|" + "---:|" * len(ms)]
+    lines.append("| ms | " + " | ".join(f"{x:.0f}" for x in ms.values()) + " |")
+    lines.append("| % | " + " | ".join(f"{100 * x / total:.0f}" for x in ms.values()) + " |")
+    return "\n".join(lines)
+
+
+def heads_table(heads: dict) -> str:
+    """Steps of psi and R alone, by both forms, and how the fast one grows from batch 32 to 64."""
+    lines = ["| model | batch | literal, ms | fast, ms | ratio | fast grows with the batch to the power |"]
+    lines.append("|---|" + "---:|" * 5)
+    fast = {(row["model"], row["batch"]): row["ms"]["fast"] for row in heads["rows"]}
+    for row in heads["rows"]:
+        times = f"{row['ms']['literal']:.1f} | {row['ms']['fast']:.1f} | {row['ratio']:.2f}"
+        half = fast.get((row["model"], row["batch"] // 2))
+        power = "" if half is None else f"{math.log2(row['ms']['fast'] / half):.2f}"
+        lines.append(f"| {row['model']} | {row['batch']} | {times} | {power} |")
+    return "\n".join(lines)
+
+
+def contention_table(heads: dict) -> str:
+    """A step of psi and R alone by threads, with both cores free and with one held by another process."""
+    ms = heads["contention"]["ms"]
+    cases = {
+        "1 thread": "1 threads, sleep",
+        "2 threads, sleeping": "2 threads, sleep",
+        "2 threads, spinning": "2 threads, spin",
+    }
+    lines = ["| ms a step | " + " | ".join(cases) + " |", "|---|" + "---:|" * len(cases)]
+    for load in ("free", "one core held"):
+        lines.append(
+            f"| {load} | " + " | ".join(f"{ms[f'{load}, {case}']:.0f}" for case in cases.values()) + " |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -425,10 +470,7 @@ def main() -> None:
                 rows += compare(arch, device, peaks[device]["peak"])
                 stages.append(run(stages_case, arch, device, folder))
     for row in filter(None, stages):
-        total = sum(row["ms"].values())
-        print(f"\n{row['arch']} on {row['device']}, a step by stages\n\n| stage | ms | % |\n|---|---:|---:|")
-        for stage, ms in row["ms"].items():
-            print(f"| {stage} | {ms:.1f} | {100 * ms / total:.0f} |")
+        print(f"\n{row['arch']} on {row['device']}, a step by stages\n\n{stages_table(row)}")
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     about = dict(machine=f"{cpu}, torch {torch.__version__}", command=" ".join(sys.argv), peaks=peaks)
     content = json.dumps({**about, "rows": rows, "stages": stages, "heads": heads()}, indent=1)
