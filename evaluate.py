@@ -25,10 +25,11 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from engine import distributed, scoring
+from engine import distributed
 from engine.backbone import autocast, fingerprint
 from engine.checkpoint import OTHER_TINY, latest_run, open_checkpoint, other_tiny_clip
-from engine.config import EvaluationConfig, check_config, label, method_of, parse_evaluation, prior_of
+from engine.config import EvaluationConfig, check_config, choose_noise, label, method_of, parse_evaluation
+from engine.config import prior_of as prior_of  # "as": a re-export
 from engine.datasets import DATASETS, Clip, cache_folder, of_split, read_clips, with_validation
 from engine.distributed import choose_device, enough_memory, gather, gather_objects, rank_and_world, shard
 from engine.features import FeatureCache, Features, extract_features, feature_cache
@@ -159,7 +160,7 @@ def score_all(config: EvaluationConfig, opened: Opened) -> Float[Tensor, "texts 
     features, own = opened.features, shard(len(opened.clips))
     M, prior = draws(config, opened), prior_of(config, opened.trained, opened.dataset)
     how = config.score, config.noise, M, features.text.shape[1], config.seed, own.start
-    noise = scoring.choose_noise(*how, **prior)
+    noise = choose_noise(*how, **prior)
     own_text = features.text[own] if config.protocol == "released" else None
     progress = rank_and_world()[0] == 0
     part = scores(opened.model, features.text, features.frames, noise, own_text=own_text, progress=progress)

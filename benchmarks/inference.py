@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.own_process import in_own_process  # noqa: E402
 from engine.metrics import retrieval_metrics  # noqa: E402
-from engine.scoring import default_block, noise_bank, scores  # noqa: E402
+from engine.scoring import _in_threads, default_block, noise_bank, scores  # noqa: E402
 from evaluate import scores_literal  # noqa: E402
 from model import RADII, TMASS, XPool  # noqa: E402
 
@@ -66,16 +66,20 @@ def literal_drawn(model, text, frames, noise) -> torch.Tensor:
 
 
 def floor(model, text, frames, noise) -> torch.Tensor:
-    """The matrix products of the fast form alone, at its block size, on random numbers."""
+    """The matrix products of the fast form alone, at its block size and in its threads, on random numbers."""
     side = int(default_block(DIM, text.device) ** 0.5)
     pairs, randn = side * side, functools.partial(torch.randn, device=text.device)
     q, key, a = randn(side, DIM), randn(side * FRAMES, DIM), randn(side, side, FRAMES + 2)
     atoms, s, w = randn(side, FRAMES + 2, DIM), randn(pairs, FRAMES), randn(FRAMES, DIM)
     x, e = randn(pairs, DIM), noise.T.contiguous()
-    for _ in range(max(1, len(text) * len(frames) // pairs)):
+
+    def block(_: int) -> None:
         q @ key.T, q @ key.T, q @ atoms.flatten(0, 1).T  # attention, S, t . v
         a @ atoms, s @ w  # v, R
         x @ e, x @ e, x @ e  # M draws
+
+    blocks = range(max(1, len(text) * len(frames) // pairs))
+    list(_in_threads(block, blocks) if text.device.type == "cpu" else map(block, blocks))
     return torch.zeros(1)
 
 

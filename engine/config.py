@@ -17,6 +17,7 @@ from engine.datasets import DATASETS
 from engine.ffmpeg import MAX_PIXELS, TIME_LIMIT
 from engine.files import ModelError
 from engine.masses import TwoMasses as TwoMasses  # adds the psi, radii and loss of its file
+from engine.scoring import Delta, Expectation, MonteCarlo, Noise, PairNoise, noise_bank
 from model import FUSIONS, RADII
 
 # ---- training: the comment or docstring of a field is its text in --help
@@ -215,6 +216,17 @@ def prior_of(config: EvaluationConfig, trained: dict, dataset: str) -> dict:
         what = "--prior-std is that of the normal prior, and this checkpoint was trained with the uniform one"
         raise ModelError(f"{what}: add --prior normal, or leave it out.")
     return dict(prior=prior, std=own.get("prior_std", 1.0) if config.prior_std is None else config.prior_std)
+
+
+def choose_noise(score: str, noise: str, M: int, dim: int, seed: int, first_video: int = 0, **prior) -> Noise:
+    """The noise of --score and --noise; prior: "prior" and "std". Raises KeyError for an unknown --score."""
+    if score in ("sampled", "mean"):
+        if noise == "independent":
+            return PairNoise(M, seed, **prior, first_video=first_video)
+        return noise_bank(M, dim, seed, **prior)
+    if score == "mc":
+        return MonteCarlo(M, max(50, 1000 // max(1, M)), seed=seed, **prior)  # some 1,000 draws in all
+    return {"expected": Expectation, "delta": Delta}[score](M, **prior)
 
 
 # ---- checks

@@ -9,8 +9,10 @@ import contextlib
 import functools
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,16 +58,11 @@ class PairNoise:
     std: float = 1.0
     first_video: int = 0  # the number of the first column, where a rank holds a shard of the videos
 
-    def block(
-        self, texts: Sequence[int], videos: Sequence[int], dim: int
-    ) -> Float[Tensor, "M texts videos dim"]:
+    def block(self, texts: Sequence[int], videos: Sequence[int], dim: int) -> Float[Tensor, "M *pairs dim"]:
         """eps of every pair of the given texts and videos, by their numbers."""
-        seeds = [
-            np.random.SeedSequence([self.seed, i, self.first_video + j]).generate_state(1, np.uint64)[0]
-            for i in texts
-            for j in videos
-        ]
-        draws = [noise_bank(self.M, dim, int(seed) & 2**63 - 1, self.prior, self.std) for seed in seeds]
+        pairs = [np.random.SeedSequence([self.seed, i, self.first_video + j]) for i in texts for j in videos]
+        seeds = [int(pair.generate_state(1, np.uint64)[0]) & 2**63 - 1 for pair in pairs]
+        draws = [noise_bank(self.M, dim, seed, self.prior, self.std) for seed in seeds]
         return torch.stack(draws, dim=1).unflatten(1, (len(texts), len(videos)))
 
 
@@ -73,8 +70,8 @@ class PairNoise:
 class MonteCarlo:
     """The expected best of M draws, estimated (--score mc): the mean over banks of the best of M draws.
 
-    All pairs share the banks, M * banks draws in all. It holds for every psi, R and prior. With error=True it
-    gives the standard errors of the scores instead: the standard deviation over banks / sqrt(banks)."""
+    All pairs share the banks. It holds for every psi, R and prior. With error=True it gives the standard
+    errors of the scores instead: the standard deviation over banks / sqrt(banks)."""
 
     M: int
     banks: int = 50
@@ -196,19 +193,8 @@ def best_of(M: int, power: int = 1) -> float:
     return torch.trapezoid(x**power * M * torch.special.ndtr(x) ** (M - 1) * density, x).item()
 
 
-# What `scores` takes as noise: M shared draws, own draws for each pair, or one of the three expected bests.
+# M shared draws, own draws for each pair, or one of the three expected bests
 Noise = Float[Tensor, "M dim"] | PairNoise | MonteCarlo | Expectation | Delta
-
-
-def choose_noise(score: str, noise: str, M: int, dim: int, seed: int, first_video: int = 0, **prior) -> Noise:
-    """The noise of --score and --noise; prior: "prior" and "std". Raises KeyError for an unknown --score."""
-    if score in ("sampled", "mean"):
-        if noise == "independent":
-            return PairNoise(M, seed, **prior, first_video=first_video)
-        return noise_bank(M, dim, seed, **prior)
-    if score == "mc":
-        return MonteCarlo(M, max(50, 1000 // max(1, M)), seed=seed, **prior)  # some 1,000 draws in all
-    return {"expected": Expectation, "delta": Delta}[score](M, **prior)
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -231,8 +217,7 @@ def scores(
     R is scored as the paper writes it, block by block, and a warning says so. Each call compares the fast
     scores with the literal ones on a few pairs: if they differ, because model.py was changed, the literal
     ones are used, and a warning says so. A score whose R is too large for the dtype is NaN, with a warning:
-    in float32 from about e^40 on; for the expected best with U(0, 1), e^20. Raises ValueError for texts of
-    float16.
+    in float32 from about e^40 on; for the expected best with U(0, 1), e^20. Float16 texts: ValueError.
     frames    may have another dtype than text (a float16 memory map): each block is converted by itself
     own_text  the released protocol, which LEAKS: video j is pooled by own_text[j], its own caption"""
     if text.dtype == torch.float16:
@@ -269,23 +254,19 @@ def _warn_of_nan(found: Tensor) -> Tensor:
 
 
 def no_overflow(radius: Float[Tensor, "*pairs dim"]) -> Float[Tensor, "*pairs"]:
-    """0 for each pair; NaN where |t_s|^2 may overflow: a cosine would then be 0, which is no error but wrong.
-
-    |t + R eps|^2 <= 2 |t|^2 + 2 |R eps|^2, and hardly an eps is larger than 5."""
+    """0 for each pair; NaN where |t_s|^2 may overflow (eps is hardly above 5), and a cosine be 0."""
     return 0 * (50 * radius.square().sum(dim=-1))
 
 
 def default_block(dim: int, device: torch.device) -> int:
-    """Pairs a block: its three tensors (pairs, dim) fill half of the CPU's last cache, or a sixteenth of the
-    GPU's free memory. On the CPU 2 to 8 MiB were fastest; larger blocks force new allocations."""
+    """Pairs a block: its three tensors (pairs, dim) fill half of the CPU's last cache, 2 to 16 MiB, or a
+    sixteenth of the GPU's free memory."""
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0] // 16
     else:
-        try:
-            cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-        except (ValueError, OSError, AttributeError):  # only Linux tells
-            cache = 0
-        memory = min(max((cache or 2**24) // 2, 2**21), 2**23)
+        known = "SC_LEVEL3_CACHE_SIZE" in getattr(os, "sysconf_names", ())  # only Linux tells
+        cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if known else 0
+        memory = min(max((cache or 2**24) // 2, 2**21), 2**24)
     return max(256, memory // (3 * 4 * dim))
 
 
@@ -306,6 +287,32 @@ def _eval_mode(model: TMASS) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.train(training)
+
+
+_pool = threading.Lock()  # one call at a time has threads
+
+
+def _in_threads(function: Callable[[int], None], items: Sequence[int]) -> Iterator[None]:
+    """Calls the function for each item, in as many threads as torch has, each with one thread of OpenMP.
+
+    They need not wait for each other after each product, which other processes on the cores would delay."""
+    threads, mode = min(torch.get_num_threads(), len(items)), torch.is_inference_mode_enabled()
+    if threads < 2 or not _pool.acquire(blocking=False):
+        yield from map(function, items)
+        return
+
+    def call(item: int) -> None:  # the modes are those of a thread
+        with torch.inference_mode(mode), torch.no_grad():
+            function(item)
+
+    before, pool = torch.get_num_threads(), ThreadPoolExecutor(threads)
+    torch.set_num_threads(1)
+    try:
+        yield from pool.map(call, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+        _pool.release()
 
 
 @dataclass(frozen=True)
@@ -350,15 +357,19 @@ class _Task:
             columns = max(1, min(columns, 3 * pairs // self.frames.shape[1]))
         rows = max(1, pairs // columns)
         out, starts = self.text.new_empty(texts, videos), range(0, videos, columns)
-        if progress and texts * videos > 10**6:
-            from tqdm.auto import tqdm
 
-            starts = tqdm(starts, desc="scores", leave=False)
-        for v in starts:
+        def score_column(v: int) -> None:
             score = prepare(range(v, min(v + columns, videos)))
             for t in range(0, texts, rows):
                 some = range(t, min(t + rows, texts))
                 out[t : some.stop, v : v + columns] = score(some)
+
+        done = _in_threads(score_column, starts) if out.device.type == "cpu" else map(score_column, starts)
+        if progress and texts * videos > 10**6:
+            from tqdm.auto import tqdm
+
+            done = tqdm(done, desc="scores", leave=False, total=len(starts))
+        list(done)
         return out
 
     def literal(self, videos: range) -> Callable[[range], Tensor]:
@@ -380,10 +391,9 @@ class _Task:
         if isinstance(self.noise, MonteCarlo):
             banks = self.bank.split(self.noise.M)
             best = self.noise.reduce(torch.stack([_best(t, radius, video, bank.split(1)) for bank in banks]))
-        elif isinstance(self.noise, PairNoise):
-            best = _best(t, radius, video, self.own_draws(texts, videos))
         else:
-            best = _best(t, radius, video, self.noise.split(1))
+            own = isinstance(self.noise, PairNoise)
+            best = _best(t, radius, video, self.own_draws(texts, videos) if own else self.noise.split(1))
         return best + no_overflow(radius)
 
     @functools.cached_property
@@ -418,16 +428,14 @@ def _best(text: Text, radius: Pairs, video: Pairs, draws: Sequence[Tensor]) -> T
 class _Fast:
     """The same scores with fewer matrix products; docs/inference.md derives them step by step.
 
-    psi: q . (W_k x + b) = (W_k' q) . x + q . b, and the softmax drops the last term. After the attention, v
-    is linear in the weights a, except for the scales of two LayerNorms. With u_k the value of frame k:
+    psi: after the attention, v is linear in the weights a, except for the scales of two LayerNorms. With u_k
+    the value of frame k:
         y_k = W_o u_k + b_o,  centred over channels          (sum_k a_k = 1 folds the bias in)
         o   = gamma2 sum_k a_k y_k / sigma + beta2           sigma^2 = a' G a + eps,  G = Y Y' / dim: LN2
         x   = sum_k (a_k / sigma) z_k + c                    z_k = (I + P) gamma2 y_k,  c = (I + P) beta2 + p
         v   = gamma3 x / delta + beta3 = sum_k A_k atom_k    delta^2 = |x|^2 / dim + eps: LN3, z, c centred
-    So v is one product of T' + 2 coefficients a pair with T' + 2 atoms a video. No dim x dim product is left
-    in the loop over pairs, except W_o of JointRadius: W_v v = sum_k A_k W_v atom_k. v . t and |v| come from
-    the atoms too. Heads are more k. t_s: with E the noise bank (M, dim), three products give all draws,
-    without an (M, pairs, dim) tensor:
+    So v is one product of T' + 2 coefficients a pair with T' + 2 atoms a video; v . t and |v| come from them,
+    too. Heads are more k. With E the noise bank (M, dim), three products give all draws:
         t_s . v = t . v + (R v) E',         |t_s|^2 = |t|^2 + 2 (R t) E' + (R R) (E E)'"""
 
     def __init__(self, task: _Task, pairs: int):
@@ -441,7 +449,7 @@ class _Fast:
             if self.few or psi.heads == 1:  # W_k' q: (heads, texts, dim)
                 query = query @ psi.key.weight.unflatten(0, (psi.heads, -1))
             self.query, self.folded = query, None if self.few else _folded(psi)
-        self.buffer = text.new_empty(3, pairs, text.shape[1])  # v, then R v; R t; R, then R R
+        self.pairs, self.memory = pairs, threading.local()
         radius = task.model.radius if task.draws else None
         self.joint = type(radius) is JointRadius  # and no subclass
         if type(radius) in (LinearRadius, JointRadius):  # S W + b = [S 1] [W; b]
@@ -460,20 +468,22 @@ class _Fast:
         else:
             fused = None if self.few else _Atoms.of(task.model.fusion, frames, *self.folded)
         video = _pool_then_project(task.model.fusion, self.query, frames) if fused is None else None
-        moved = None  # W_v of the atoms, for JointRadius
-        if self.joint and fused is not None:
-            moved = fused.atoms @ task.model.radius.video.weight.T
+        moved = (
+            fused.atoms @ task.model.radius.video.weight.T if self.joint and fused else None
+        )  # W_v of atoms
         return functools.partial(
             self.block, (videos, frames, F.normalize(frames, dim=-1), fused, moved, video)
         )
 
     def block(self, prepared: tuple, texts: range) -> Float[Tensor, "texts videos"]:
         """The scores of a block. Tensors of pairs are (videos, texts, ...) here."""
-        videos, frames, unit, fused, moved, video = prepared
+        videos, frames, unit, fused, moved, video = prepared  # moved: W_v of the atoms
         model, noise, some = self.task.model, self.task.noise, slice(texts.start, texts.stop)
         text, square = self.task.text[some], self.square[some]
         shape = len(videos), len(texts), text.shape[1]
-        first, second, third = (x[: shape[0] * shape[1]].view(shape) for x in self.buffer)
+        if not hasattr(self.memory, "block"):  # of each thread: v, then R v; R t; R, then R R
+            self.memory.block = text.new_empty(3, self.pairs, shape[2])
+        first, second, third = (x[: shape[0] * shape[1]].view(shape) for x in self.memory.block)
         if fused is None:
             video = first.copy_(video[:, some])
             length, dot = video.norm(dim=-1).clamp_min(1e-12), (video * text).sum(dim=-1)
@@ -517,13 +527,11 @@ class _Fast:
             return self.task.noise.reduce(banks).view_as(length).T
         return (cosines.amax(dim=1).view_as(length) / length).T
 
-    def add_joint(
-        self, e: Tensor, memory: Tensor, moved: Tensor, A: Tensor, length: Tensor, hidden: Tensor
-    ) -> None:
+    def add_joint(self, e: Tensor, out: Tensor, moved: Tensor, A: Tensor, length: Tensor, hidden: Tensor):
         """Adds what JointRadius has beside S W + b: W_o gelu(W_t t' + W_v v'), v' = sqrt(dim) v / |v|."""
         radius, dim = self.task.model.radius, hidden.shape[1]
         scaled = (A * (dim**0.5 / length)[:, None]).mT
-        inner = torch.baddbmm(hidden.expand(len(A), -1, -1), scaled, moved, out=memory)
+        inner = torch.baddbmm(hidden.expand(len(A), -1, -1), scaled, moved, out=out)
         e.addmm_(torch.ops.aten.gelu_(inner).flatten(0, 1), radius.out.weight.T)
 
 

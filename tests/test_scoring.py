@@ -1,6 +1,8 @@
 """Fast scores equal the literal ones, noise is what it says, and no score sees more than its pair."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+import engine.scoring
 import model as tmass
 from engine.fast_training import best_of_draws
 from engine.scoring import (
@@ -257,8 +260,52 @@ def test_half_precision_features_are_read_a_block_at_a_time():
         )
 
 
-def test_memory_does_not_grow_with_the_draws():
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("noise", [noise_bank(4, DIM, 0), PairNoise(4)])
+@pytest.mark.parametrize("fusion", ["xpool", "max"])  # max: literally
+def test_threads_score_as_one_does(registered, threads, mode, noise, fusion):
+    model, text, frames = random_model(frames=FRAMES, fusion=fusion), randn(30, DIM), randn(40, FRAMES, DIM)
+    found = []
+    for count in (1, 3):
+        threads(count)
+        warned = pytest.warns(UserWarning, match="no fast form") if fusion == "max" else nullcontext()
+        with mode(), warned:
+            found.append(scores(model, text, frames, noise, block=64).clone())
+        assert torch.get_num_threads() == count
+    assert torch.equal(*found) and not found[1].requires_grad
+
+
+def test_a_failure_in_a_thread_is_raised_and_leaves_torch_as_it_was(threads, monkeypatch):
+    model, text, frames, noise = (
+        random_model(frames=FRAMES),
+        randn(30, DIM),
+        randn(40, FRAMES, DIM),
+        noise_bank(4, DIM, 0),
+    )
+    threads(3)
+    whole = scores(model, text, frames, noise, block=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scoring._Atoms, "of", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            scores(model, text, frames, noise, block=64)
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(4) as pool:  # calls at the same time, as of a server
+        for found in pool.map(lambda _: scores(model, text, frames, noise, block=64), range(8)):
+            assert torch.allclose(found, whole, atol=1e-6)
+    assert torch.get_num_threads() == 3 and not engine.scoring._pool.locked()
+
+
+def test_memory_does_not_grow_with_the_draws(threads):
     """A counting mode watches every operation: the largest tensor is that of a block of pairs."""
+    threads(1)  # the mode is that of this thread
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
