@@ -352,9 +352,10 @@ class _Task:
     def in_blocks(self, pairs: int, prepare: Callable[[range], Callable], progress: bool) -> Tensor:
         """All scores, (texts, videos). prepare(videos) gives the function that scores texts with these."""
         texts, videos = len(self.text), len(self.frames)
-        columns = max(1, min(videos, max(int(pairs**0.5), pairs // max(1, texts))))
-        if self.text.is_cuda:  # frames of many videos, for few texts, must fit in as well
-            columns = max(1, min(columns, 3 * pairs // self.frames.shape[1]))
+        # On CUDA the frames of many videos, for few texts, must fit in as well; on the CPU each thread has a part.
+        part = -(-videos // torch.get_num_threads())
+        most = min(videos, 3 * pairs // self.frames.shape[1]) if self.text.is_cuda else part
+        columns = max(1, min(most, max(int(pairs**0.5), pairs // max(1, texts))))
         rows = max(1, pairs // columns)
         out, starts = self.text.new_empty(texts, videos), range(0, videos, columns)
 
