@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, small_clip
 from videos import container
 
-from benchmarks import frames, gpu, search, train_step
+from benchmarks import frames, gpu, inference, search, train_step
 from benchmarks.own_process import rows_of
 from engine.config import preset
 from model import TMASS
@@ -244,3 +244,35 @@ def test_a_part_that_takes_too_long_is_ended_with_the_processes_that_it_started(
     time.sleep(0.5)  # until the kernel has removed it
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(b"97.25" in command for command in running)
+
+
+# ----------------------------------------------------------------------------------------- scores and training
+
+
+def test_documents_hold_the_tables_of_scores_and_of_training():
+    content = {
+        name: json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+        for name in ("inference", "train_step")
+    }
+    training = content["train_step"]
+    tables = {"inference": [inference.markdown(content["inference"])], "training": [
+        train_step.steps_table(training["rows"]), *map(train_step.stages_table, training["stages"]),
+        train_step.heads_table(training["heads"]), train_step.contention_table(training["heads"]),
+    ]}  # fmt: skip
+    for name, found in tables.items():
+        document = (ROOT / "docs" / f"{name}.md").read_text()
+        assert [table for table in found if table not in document] == []
+    rows = {
+        row["form"]: row["seconds"]
+        for row in content["inference"]["rows"]
+        if row.get("texts") == row.get("videos") == 1000
+    }
+    shared, own = (inference.digits(rows[f"literal, blocked{draws}"]) for draws in ("", ", own draws"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    sentence = f"1,000 × 1,000 pairs take {inference.digits(rows['fast'])} s; the literal form {shared} s"
+    assert sentence in readme and f"{own} s with separate" in readme
+
+
+def test_growth_is_the_exponent_of_the_largest_sizes():
+    points = [(10**n, 3 * (10**n) ** 0.5) for n in range(2, 6)]
+    assert inference.exponent(points) == pytest.approx(0.5) and inference.exponent(points[:1]) is None
