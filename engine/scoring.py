@@ -352,7 +352,7 @@ class _Task:
     def in_blocks(self, pairs: int, prepare: Callable[[range], Callable], progress: bool) -> Tensor:
         """All scores, (texts, videos). prepare(videos) gives the function that scores texts with these."""
         texts, videos = len(self.text), len(self.frames)
-        # on CUDA the frames of many videos, for few texts, must fit in as well; on the CPU each thread has some
+        # On CUDA the frames of many videos, for few texts, must fit in, too; on the CPU each thread has some.
         part = -(-videos // torch.get_num_threads())
         most = min(videos, 3 * pairs // self.frames.shape[1]) if self.text.is_cuda else part
         columns = max(1, min(most, max(int(pairs**0.5), pairs // max(1, texts))))

@@ -246,7 +246,7 @@ def test_a_part_that_takes_too_long_is_ended_with_the_processes_that_it_started(
     assert not any(b"97.25" in command for command in running)
 
 
-# ----------------------------------------------------------------------------------------- scores and training
+# ---------------------------------------------------------------------------------------- scores and training
 
 
 def test_documents_hold_the_tables_of_scores_and_of_training():
