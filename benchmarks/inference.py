@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.own_process import in_own_process  # noqa: E402
 from engine.metrics import retrieval_metrics  # noqa: E402
-from engine.scoring import _in_threads, default_block, noise_bank, scores  # noqa: E402
+from engine.scoring import default_block, in_threads, noise_bank, scores  # noqa: E402
 from evaluate import scores_literal  # noqa: E402
 from model import RADII, TMASS, XPool  # noqa: E402
 
@@ -79,7 +79,7 @@ def floor(model, text, frames, noise) -> torch.Tensor:
         x @ e, x @ e, x @ e  # M draws
 
     blocks = range(max(1, len(text) * len(frames) // pairs))
-    list(_in_threads(block, blocks) if text.device.type == "cpu" else map(block, blocks))
+    list(in_threads(block, blocks) if text.device.type == "cpu" else map(block, blocks))
     return torch.zeros(1)
 
 

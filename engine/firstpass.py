@@ -16,7 +16,6 @@ with R, slope and levels fitted to exact values of a sample of clips.
 """
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
+from engine.scoring import in_threads
 from model import TMASS, MeanPool, XPool
 
 EIGENVECTORS = 16
@@ -125,19 +125,13 @@ class Fitted:
 
     def all_scores(self, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> Float[Tensor, " clips"]:
         """The approximate scores of all pieces (frames, scale), with a thread for each of torch's."""
-        pieces, threads = list(pieces), torch.get_num_threads()
-        found, turns = [torch.empty(0)] * len(pieces), iter(range(len(pieces)))
+        pieces = list(pieces)
+        found = [torch.empty(0)] * len(pieces)
 
-        def work(_: int) -> None:
-            for n in turns:  # each number goes to one thread
-                found[n] = self.scores(*pieces[n])
+        def work(n: int) -> None:
+            found[n] = self.scores(*pieces[n])
 
-        torch.set_num_threads(1)  # in each
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work, range(threads)))
-        finally:
-            torch.set_num_threads(threads)
+        list(in_threads(work, range(len(pieces))))
         return torch.cat(found)
 
 

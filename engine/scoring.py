@@ -292,7 +292,7 @@ def _eval_mode(model: TMASS) -> Iterator[None]:
 _pool = threading.Lock()  # one call at a time has threads
 
 
-def _in_threads(function: Callable[[int], None], items: Sequence[int]) -> Iterator[None]:
+def in_threads(function: Callable[[int], None], items: Sequence[int]) -> Iterator[None]:
     """Calls the function for each item, in as many threads as torch has, each with one thread of OpenMP.
 
     They need not wait for each other after each product, which other processes on the cores would delay."""
@@ -365,7 +365,7 @@ class _Task:
                 some = range(t, min(t + rows, texts))
                 out[t : some.stop, v : v + columns] = score(some)
 
-        done = _in_threads(score_column, starts) if out.device.type == "cpu" else map(score_column, starts)
+        done = in_threads(score_column, starts) if out.device.type == "cpu" else map(score_column, starts)
         if progress and texts * videos > 10**6:
             from tqdm.auto import tqdm
 

@@ -22,7 +22,6 @@ ROWS = [
         "engine.queries",
         "engine.shards",
         "engine.milvus",
-        "engine.firstpass",
     ],
     [
         "engine.analysis",
@@ -34,6 +33,7 @@ ROWS = [
         "engine.folder",
         "engine.hub",
         "engine.masses",
+        "engine.firstpass",
     ],
     ["engine.video", "engine.finding", "engine.cutting"],
     ["engine.datasets", "engine.scenes"],
