@@ -443,10 +443,11 @@ class _Fast:
         psi, text = task.model.fusion, task.text
         self.task, self.query = task, None
         self.unit, self.square = F.normalize(text, dim=-1), text.square().sum(-1)  # of the texts
-        self.few = 3 * len(text) < 4 * task.frames.shape[1]  # pooling: 3 dim^2 a pair; atoms: 2 a frame
         if task.own_text is None and isinstance(psi, XPool):  # W_q LN1(t) / sqrt(dim / heads)
             query = psi.query(psi.norm1(text)).unflatten(-1, (psi.heads, -1)).transpose(0, 1)
             query = query / query.shape[-1] ** 0.5  # (heads, texts, dim / heads)
+            # products of dim^2: pooling has 3 a pair, atoms have 2 for each frame and head
+            self.few = 3 * len(text) < 2 * psi.heads * task.frames.shape[1]
             if self.few or psi.heads == 1:  # W_k' q: (heads, texts, dim)
                 query = query @ psi.key.weight.unflatten(0, (psi.heads, -1))
             self.query, self.folded = query, None if self.few else _folded(psi)
@@ -469,12 +470,9 @@ class _Fast:
         else:
             fused = None if self.few else _Atoms.of(task.model.fusion, frames, *self.folded)
         video = _pool_then_project(task.model.fusion, self.query, frames) if fused is None else None
-        moved = (
-            fused.atoms @ task.model.radius.video.weight.T if self.joint and fused else None
-        )  # W_v of atoms
-        return functools.partial(
-            self.block, (videos, frames, F.normalize(frames, dim=-1), fused, moved, video)
-        )
+        moved = fused.atoms @ task.model.radius.video.weight.T if self.joint and fused else None
+        unit = F.normalize(frames, dim=-1)
+        return functools.partial(self.block, (videos, frames, unit, fused, moved, video))
 
     def block(self, prepared: tuple, texts: range) -> Float[Tensor, "texts videos"]:
         """The scores of a block. Tensors of pairs are (videos, texts, ...) here."""
@@ -519,9 +517,7 @@ class _Fast:
         squares = square.repeat(len(length))[:, None]  # |t_s|^2
         squares = squares.addmm(torch.mul(radius, text, out=second).flatten(0, 1), bank, alpha=2)
         squares.addmm_(torch.mul(radius, radius, out=third).flatten(0, 1), bank.square())
-        length = length + (squares @ squares.new_zeros(len(self.task.bank))).view_as(
-            length
-        )  # NaN if infinite
+        length = length + (squares @ torch.zeros_like(squares[0])).view_as(length)  # NaN if infinite
         cosines = dots.mul_(squares.clamp_min_(1e-24).rsqrt_())
         if isinstance(self.task.noise, MonteCarlo):
             banks = cosines.unflatten(1, (-1, self.task.noise.M)).amax(dim=2).T / length.flatten()
