@@ -92,8 +92,8 @@ def of_losses(device: torch.device) -> Iterator[tuple[str, str, float]]:
 
 
 def of_scores(device: torch.device) -> Iterator[tuple[str, str, float]]:
-    """Scores of 70 x 50 pairs: the best of the same draws, the expected best, its delta form."""
-    text, frames = features(70, 50)
+    """Scores of 40 x 30 pairs: the best of the same draws, the expected best, its delta form."""
+    text, frames = features(40, 30)
     for radius in ("linear", "joint"):
         bank = noise_bank(inference.M, inference.DIM, 0)
         kinds = ("sampled", bank), ("expected", Expectation(inference.M)), ("delta", Delta(inference.M))

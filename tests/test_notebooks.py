@@ -4,6 +4,7 @@ Together they mention everything public in model.py and losses.py, and copy none
 """
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -165,13 +166,20 @@ def test_notebooks_mention_everything_public(module):
     assert len(public) > 2 and public <= set(re.findall(r"\w+", every))
 
 
-@each_notebook
-def test_notebook_copies_no_code_of_the_modules(path):
+@functools.cache
+def of_modules() -> tuple[set[str], set[tuple[str, ...]]]:
+    """Names that our modules define, and the runs of their lines."""
     modules = [module.read_text() for module in MODULES]
     names = {node.name for code in modules for node in definitions(code)}
+    return names, set().union(*(runs_of(lines_of(module)) for module in modules))
+
+
+@each_notebook
+def test_notebook_copies_no_code_of_the_modules(path):
+    names, runs = of_modules()
     code = "\n".join(texts(path, "code"))
     assert names.isdisjoint(node.name for node in definitions(code))
-    assert runs_of(lines_of(code)).isdisjoint(set().union(*(runs_of(lines_of(module)) for module in modules)))
+    assert runs_of(lines_of(code)).isdisjoint(runs)
 
 
 def test_a_copy_would_be_found():

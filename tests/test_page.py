@@ -43,7 +43,7 @@ def browser():
         yield running.chromium.launch(executable_path=chromium, args=flags)
 
 
-def test_in_a_browser_a_query_shows_clips_that_play_and_captions_that_fit(server, browser):
+def test_in_a_browser_a_query_shows_clips_that_play_and_captions_that_fit(browser, server):
     page, errors = browser.new_page(), []
     page.on("pageerror", lambda error: errors.append(error))
     page.goto(server[0])
@@ -71,7 +71,7 @@ def looks_of(page) -> list[str]:
     return page.locator(".hit .title .file").all_inner_texts()
 
 
-def test_in_a_browser_the_keyboard_plays_the_best_frame_first(server, browser):
+def test_in_a_browser_the_keyboard_plays_the_best_frame_first(browser, server):
     page = browser.new_page()
     page.goto(f"{server[0]}/?q=a+ring")
     page.wait_for_selector(".hit >> nth=2")
@@ -95,7 +95,7 @@ def test_in_a_browser_the_keyboard_plays_the_best_frame_first(server, browser):
     assert page.evaluate("document.activeElement.name") == "q"
 
 
-def test_in_a_browser_a_picture_is_pasted_dropped_or_picked_and_a_hit_finds_more_like_it(server, browser):
+def test_in_a_browser_a_picture_is_pasted_dropped_or_picked_and_a_hit_finds_more_like_it(browser, server):
     page, errors = browser.new_page(), []
     page.on("pageerror", lambda error: errors.append(error))
     page.goto(server[0])
@@ -132,7 +132,7 @@ def test_in_a_browser_a_picture_is_pasted_dropped_or_picked_and_a_hit_finds_more
     assert looks_of(page) == [first, *others] and page.locator(".chip").is_hidden() and not errors
 
 
-def test_in_a_browser_filters_are_asked_for_and_kept_in_the_address(server, browser):
+def test_in_a_browser_filters_are_asked_for_and_kept_in_the_address(browser, server):
     page = browser.new_page()
     page.goto(server[0])
     page.click("#filter")
@@ -159,7 +159,7 @@ def test_in_a_browser_filters_are_asked_for_and_kept_in_the_address(server, brow
     assert page.locator(".hit").all_inner_texts() == found and page.input_value("[name=weight]") == "0.7"
 
 
-def test_in_a_browser_the_page_is_dark_where_the_system_is_and_fits_360_pixels(server, browser):
+def test_in_a_browser_the_page_is_dark_where_the_system_is_and_fits_360_pixels(browser, server):
     shade = "getComputedStyle(document.body).backgroundColor"
     brightness = f"{shade}.match(/\\d+/g).slice(0, 3).reduce((sum, one) => sum + +one, 0)"
     for scheme, dark in (("dark", True), ("light", False)):
@@ -213,7 +213,7 @@ onload = async () => {
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost"]
 )  # the same host on another port is another origin
-def test_in_a_browser_another_site_can_neither_read_nor_show_anything(server, browser, host):
+def test_in_a_browser_another_site_can_neither_read_nor_show_anything(browser, server, host):
     hit = hits_of(server[0])["a b.mp4"]  # even if it knew the ids
     paths = ["", "search?q=a", hit["video"], hit["strip"], f"captions/{hit['id']}"]
     text = EVIL.replace("TARGET", json.dumps(server[0])).replace("PATHS", json.dumps(paths))
@@ -236,7 +236,7 @@ def test_in_a_browser_another_site_can_neither_read_nor_show_anything(server, br
     evil.shutdown()
 
 
-def test_in_a_browser_a_foreign_name_of_this_machine_is_not_answered(server, browser):
+def test_in_a_browser_a_foreign_name_of_this_machine_is_not_answered(browser, server):
     page, port = browser.new_page(), server[0].rsplit(":", 1)[1]
     answer = page.goto(f"http://evil.example:{port}/")  # the browser takes this name for 127.0.0.1
     assert answer.status == 404 and "attention" not in page.content()
