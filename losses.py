@@ -38,9 +38,9 @@ def symmetric_cross_entropy(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def text_loss(text: Tensor, video: Tensor, scale: Tensor | float, **_) -> Tensor:
+def text_loss(text: Tensor, video: Tensor, scale: Tensor | float, text_scores=None, **_) -> Tensor:
     """L_ce: the scores of t itself, cos(t, v). The whole loss of X-Pool and of mean pooling."""
-    return symmetric_cross_entropy(cosine_scores(text, video), scale)
+    return symmetric_cross_entropy(cosine_scores(text, video) if text_scores is None else text_scores, scale)
 
 
 def stochastic_loss(mass_scores: Tensor, scale: Tensor | float, **_) -> Tensor:
@@ -48,9 +48,9 @@ def stochastic_loss(mass_scores: Tensor, scale: Tensor | float, **_) -> Tensor:
     return symmetric_cross_entropy(mass_scores, scale)
 
 
-def support_loss(t_sup: Tensor, video: Tensor, scale: Tensor | float, **_) -> Tensor:
+def support_loss(t_sup: Tensor, video: Tensor, scale: Tensor | float, sup_scores=None, **_) -> Tensor:
     """L_sup: L_ce with the support text t_sup in the place of t. It steers the mass's direction and size."""
-    return symmetric_cross_entropy(cosine_scores(t_sup, video), scale)
+    return symmetric_cross_entropy(cosine_scores(t_sup, video) if sup_scores is None else sup_scores, scale)
 
 
 # Every loss by its name. To add one, write a function that names the symbols it uses, list it here, and give
@@ -67,6 +67,8 @@ def tmass_loss(
     radius: Float[Tensor, "n n dim"] | None = None,
     mass_scores: Float[Tensor, "n n"] | None = None,
     t_sup: Float[Tensor, "n dim"] | None = None,
+    text_scores: Float[Tensor, "n n"] | None = None,
+    sup_scores: Float[Tensor, "n n"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """L_total = sum_k weights[k] L_k over LOSSES, and its parts; a loss of weight 0 is left out.
 
@@ -74,11 +76,13 @@ def tmass_loss(
         no mass      L_ce                     {"L_s": 0, "L_sup": 0, "L_ce": 1}
 
     mass_scores: cos(t_s, v) of one drawn text, or the expected best of M draws (--pairs).
+    text_scores, sup_scores: cos(t, v) and cos(t_sup, v), if they are known already.
     The released code draws t_s for matched pairs only in training; its weight of L_sup is 0 by default.
     Raises ValueError unless every loss has a weight, and every weight a loss."""
     if weights.keys() != LOSSES.keys():
         names = ", ".join(sorted(weights.keys() ^ LOSSES.keys()))
         raise ValueError(f"LOSSES of losses.py and loss_weights of engine/config.py differ in {names}.")
     symbols = dict(text=text, video=video, scale=scale, radius=radius, mass_scores=mass_scores, t_sup=t_sup)
+    symbols |= dict(text_scores=text_scores, sup_scores=sup_scores)
     parts = {name: loss(**symbols) for name, loss in LOSSES.items() if weights[name]}
     return sum(weights[name] * part for name, part in parts.items()), parts

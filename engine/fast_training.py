@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from engine.config import Config
+from engine.config import Config, loss_weights
 from engine.controls import Control
 from engine.masses import inclusion_loss
 from engine.scoring import Delta
@@ -60,7 +60,8 @@ def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> di
         return None
     if radius is None:
         video = pool(psi, text, frames)
-        return dict(text=text, video=video if type(psi) is XPool else psi.change(text, frames, video))
+        video = video if type(psi) is XPool else psi.change(text, frames, video)
+        return dict(text=text, video=video, text_scores=cosines(video, text)[0])
     if pairs == "matched" and type(radius) in KNOWN_RADII:
         video = pool(psi, text, frames)
         own = matched(video)
@@ -68,13 +69,14 @@ def fast_symbols(model: TMASS, text: Text, frames: Frames, config: Config) -> di
         mass = radius.from_similarities(sims, text, own)  # R of matched pairs, (texts, dim)
         noise = sample_noise(1, len(text), 1, text.shape[1], **config.eps, device=text.device)
         t_s = stochastic_text(text, mass[:, None], noise)[0].squeeze(1)
-        t_sup = support_text(text, own, mass) if config.alpha else None
-        mass_scores = _Cosines.apply(F.normalize(t_s, dim=-1), video)
-        return dict(text=text, video=video, mass_scores=mass_scores, t_sup=t_sup)
+        t_sup, weights = support_text(text, own, mass) if config.alpha else None, loss_weights(config)
+        of = {"L_s": ("mass_scores", t_s), "L_sup": ("sup_scores", t_sup), "L_ce": ("text_scores", text)}
+        names, texts = zip(*(of[name] for name in of if weights[name]))
+        return dict(text=text, video=video, t_sup=t_sup, **dict(zip(names, cosines(video, *texts))))
     if pairs == "delta" and type(radius) is JointRadius and config.prior == "normal" and not config.alpha:
         video = pool(psi, text, frames)
-        mass_scores = joint_delta(radius, text, frames, video, config.M, config.prior_std)
-        return dict(text=text, video=video, mass_scores=mass_scores)
+        mass_scores, text_scores = joint_delta(radius, text, frames, video, config.M, config.prior_std)
+        return dict(text=text, video=video, mass_scores=mass_scores, text_scores=text_scores)
     return None
 
 
@@ -161,63 +163,90 @@ class _Pooled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None]:
         w, both, keep = ctx.saved_tensors
-        gradients = g.new_empty(*w.shape[:2], both.shape[-1])
-        o, p = gradients.transpose(0, 1).chunk(2, dim=-1)
-        o.copy_(g)
-        torch.mul(g, keep, out=p)
-        return torch.bmm(gradients, both.mT), torch.bmm(w.mT, gradients), None
+        (o, p), (of_o, of_p) = both.chunk(2, dim=-1), (x.transpose(0, 1) for x in (g, g * keep))
+        of_both = torch.cat([torch.bmm(w.mT, of_o), torch.bmm(w.mT, of_p)], dim=-1)
+        return torch.baddbmm(torch.bmm(of_o, o.mT), of_p, p.mT), of_both, None
 
 
 # --------------------------------------------------------------------- scores of matched R, and --pairs delta
 
 
+def cosines(
+    video: Float[Tensor, "texts videos dim"], *texts: Float[Tensor, "texts dim"]
+) -> list[Float[Tensor, "texts videos"]]:
+    """cos(t, v) of every pair, for each of some texts t. All share the passes over v."""
+    return list(_Cosines.apply(F.normalize(torch.stack(texts, dim=1), dim=-1), video).unbind(dim=-1))
+
+
 class _Cosines(torch.autograd.Function):
-    """cos(t, v), (texts, videos), for unit t (texts, dim) and v (texts, videos, dim)."""
+    """cos(t, v), (texts, videos, k), for k unit t (texts, k, dim) and v (texts, videos, dim)."""
 
     @staticmethod
     def forward(ctx, t: Tensor, v: Tensor) -> Tensor:
-        length = v.norm(dim=-1).clamp_min(1e-12)
-        cosines = (v * t[:, None]).sum(dim=-1) / length
-        ctx.save_for_backward(t, v, cosines, length)
-        return cosines
+        length = v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        found = torch.bmm(v, t.mT).div_(length)
+        ctx.save_for_backward(t, v, found, length)
+        return found
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
-        t, v, cosines, length = ctx.saved_tensors
+        t, v, found, length = ctx.saved_tensors
         g = g / length
-        along = (-g * cosines / length)[..., None]
-        return torch.bmm(g[:, None], v).squeeze(1), (g[..., None] * t[:, None]).addcmul_(v, along)
+        along = -(g * found).sum(dim=-1, keepdim=True) / length
+        return torch.bmm(g.mT, v), torch.bmm(g, t).addcmul_(v, along)
 
 
 def joint_delta(
     radius: JointRadius, text: Text, frames: Frames, video: Pairs, M: int, std: float
-) -> Float[Tensor, "texts videos"]:
-    """engine.scoring.Delta of all pairs, with R of t and v."""
-    dim = text.shape[1]
-    length = video.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+) -> tuple[Float[Tensor, "texts videos"], Float[Tensor, "texts videos"]]:
+    """engine.scoring.Delta of all pairs, with R of t and v; and cos(t, v), of the same sums."""
+    dim, sims, linear = text.shape[1], cosine_similarities(text, frames), radius.linear
     of_text = radius.text(F.normalize(text, dim=-1) * dim**0.5)[:, None]  # W_t t'
-    hidden = F.gelu(torch.addcmul(of_text, F.linear(video, radius.video.weight), dim**0.5 / length))
-    linear = radius.linear(cosine_similarities(text, frames))  # S W + b
-    e = torch.addmm(linear.flatten(0, 1), hidden.flatten(0, 1), radius.out.weight.T).view_as(video)
-    x, r, A, B, C = _Sums.apply(e, text[:, None], video)
-    n = (text.square().sum(dim=-1, keepdim=True) + std**2 * r).clamp_min(1e-24)
-    return Delta(M, std=std).from_sums(x, n, A, B, C) / length.squeeze(-1)
+    hidden, length = _Hidden.apply(of_text, video, radius.video.weight)
+    log_r2 = F.linear(sims.flatten(0, 1), 2 * linear.weight, 2 * linear.bias)  # 2 (S W + b), then 2 e
+    log_r2.addmm_(hidden.flatten(0, 1), 2 * radius.out.weight.T)
+    x, r, A, B, C = _Sums.apply(log_r2.view_as(video), text[:, None], video)
+    square = text.square().sum(dim=-1, keepdim=True)
+    n, length = (square + std**2 * r).clamp_min(1e-24), length.squeeze(-1)
+    cosine = x / length / square.clamp_min(1e-24).sqrt()
+    return Delta(M, std=std).from_sums(x, n, A, B, C) / length, cosine
+
+
+class _Hidden(torch.autograd.Function):
+    """gelu(W_t t' + W_v v') of all pairs, v' = sqrt(dim) v / |v|; and |v|, (texts, videos, 1).
+
+    of_text is W_t t', (texts, 1, dim), and W is W_v."""
+
+    @staticmethod
+    def forward(ctx, of_text: Tensor, v: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+        length = v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        moved, scale = F.linear(v, W), v.shape[-1] ** 0.5 / length
+        x = torch.addcmul(of_text, moved, scale)
+        ctx.save_for_backward(v, W, length, moved, scale, x)
+        return F.gelu(x), length
+
+    @staticmethod
+    def backward(ctx, g: Tensor, of_length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        v, W, length, moved, scale, x = ctx.saved_tensors
+        g = torch.ops.aten.gelu_backward(g, x)
+        of_text, of_scale = g.sum(dim=1, keepdim=True), moved.mul_(g).sum(dim=-1, keepdim=True)
+        g = g.mul_(scale).flatten(0, 1)
+        of_v = (g @ W).view_as(v).addcmul_(v, (of_length - of_scale * scale / length) / length)
+        return of_text, of_v, g.T @ v.flatten(0, 1)
 
 
 class _Sums(torch.autograd.Function):
-    """Sums over channels of t v, R^2, R^2 v^2, R^2 v t and R^2 t^2, with R = exp(e).
+    """Sums over channels of t v, R^2, R^2 v^2, R^2 v t and R^2 t^2, of log R^2.
 
-    e and v are (texts, videos, dim), t is (texts, 1, dim). Written by hand to pass over memory less often."""
+    log R^2 and v are (texts, videos, dim), t is (texts, 1, dim). By hand, to pass over memory less often."""
 
     @staticmethod
-    def forward(ctx, e: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        q = (2 * e).exp_()
+    def forward(ctx, log_r2: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q = log_r2.exp()
         ctx.save_for_backward(q, t, v)
-        part = torch.mul(q, v)
-        B, A = (part * t).sum(dim=-1), part.mul_(v).sum(dim=-1)
-        C = torch.mul(q, t.square(), out=part).sum(dim=-1)
-        x = torch.mul(v, t, out=part).sum(dim=-1)
-        return x, q.sum(dim=-1), A, B, C
+        part = q * v
+        x, B, C = (torch.bmm(a, b.mT).squeeze(-1) for a, b in ((v, t), (part, t), (q, t.square())))
+        return x, q.sum(dim=-1), part.mul_(v).sum(dim=-1), B, C
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -226,7 +255,7 @@ class _Sums(torch.autograd.Function):
         gt = None
         if ctx.needs_input_grad[1]:
             gt = ((gB * q + gx) * v + 2 * gC * q * t).sum(dim=1, keepdim=True)
-        part = torch.addcmul(gB * t, gA, v)
-        ge = torch.mul(part, v).addcmul_(gC, t.square()).add_(gr).mul_(q).mul_(2)
-        gv = part.addcmul_(gA, v).mul_(q).addcmul_(gx, t)
+        part = torch.baddbmm(gA * v, gB, t)
+        ge = (part * v).baddbmm_(gC, t.square()).add_(gr).mul_(q)
+        gv = part.addcmul_(gA, v).mul_(q).baddbmm_(gx, t)
         return ge, gt, gv

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float16, Int, Shaped
+from jaxtyping import Float16, Float32, Int, Shaped
 
 from engine.files import DataError, writing
 
@@ -127,7 +127,7 @@ class Shard:
         self.folder, self.name, self.size, self.rows = folder, name, 0, 0  # size: bytes of journal read
         self.holds: dict = {}
         self.entries: dict[str, Entry] = {}  # the latest one here of each file
-        self.clips = self.frames = self.strips = np.empty(0)
+        self.clips = self.frames = self.strips = self._scales = np.empty(0)
 
     def path(self, kind: str) -> Path:
         """The path of one of the shard's files."""
@@ -159,6 +159,12 @@ class Shard:
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             path = self.path("journal")
             raise DataError(f"{path} is damaged ({error}): index into a new library.") from None
+
+    def scales(self) -> Float32[np.ndarray, "rows frames"]:
+        """1 / standard deviation of each frame, in memory of its own: the records are half a page apart."""
+        if len(self._scales) < self.rows:
+            self._scales = np.ascontiguousarray(self.clips["scale"])
+        return self._scales
 
     def strip(self, row: int) -> bytes:
         """The filmstrip of a row."""
@@ -219,8 +225,9 @@ class State:
     def pieces(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Frames and their scales of all rows, also of removed clips, at most `size` rows at a time."""
         for shard in self.shards:
+            scales = shard.scales()
             for first in range(0, shard.rows, size):
-                yield shard.frames[first : first + size], shard.clips["scale"][first : first + size]
+                yield shard.frames[first : first + size], scales[first : first + size]
 
     def among_pieces(self) -> Int[np.ndarray, " clips"]:
         """The place of each clip among the rows of all pieces."""
