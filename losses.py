@@ -19,8 +19,7 @@ def cosine_scores(
     """s(t, v) = cos(t_i, v_ij): every text with every video, as that text pools it ("Preliminaries").
 
     `text` holds one point a text (t, t_sup, t_s of the matched pair) or one a pair (t_s of every pair)."""
-    if text.dim() == 2:
-        text = text[:, None]
+    text = text[:, None] if text.dim() == 2 else text
     return (F.normalize(text, dim=-1) * video).sum(dim=-1) / video.norm(dim=-1).clamp_min(1e-12)
 
 
