@@ -308,7 +308,9 @@ def head_step(method: str, recipe: str | None, batch: int) -> Callable[[], objec
 
 
 def heads_case(name: str, batch: int) -> dict:
-    """Returns milliseconds of a step of psi and R by each form, which take turns, and the ratio."""
+    """Returns milliseconds of a step of psi and R by each form, which take turns, and the ratio; by one
+    thread, as the demo has for each of its runs."""
+    torch.set_num_threads(1)
     step, seconds = head_step(*HEADS[name], batch), {"literal": [], "fast": []}
     while len(seconds["fast"]) < 23:
         for form, found in seconds.items():

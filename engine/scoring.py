@@ -247,7 +247,7 @@ def scores(
 
 def _warn_of_nan(found: Tensor) -> Tensor:
     """The scores as they are. A warning says how many are NaN or infinite."""
-    if bad := int((~found.isfinite()).sum()):
+    if bad := sum(int((~rows.isfinite()).sum()) for rows in found.split(512)):  # the memory of some rows
         why = f"R is too large for {found.dtype}, or the features are not finite"
         warnings.warn(f"{bad} of {found.numel()} scores are NaN or infinite: {why}.", stacklevel=3)
     return found

@@ -267,10 +267,18 @@ def test_documents_hold_the_tables_of_scores_and_of_training():
         for row in content["inference"]["rows"]
         if row.get("texts") == row.get("videos") == 1000
     }
+    words = " ".join((ROOT / "docs" / "inference.md").read_text().split())
+    assert [x for x in content["inference"]["ratios"].values() if f"{x:.2f} times" not in words] == []
     shared, own = (inference.digits(rows[f"literal, blocked{draws}"]) for draws in ("", ", own draws"))
     readme = " ".join((ROOT / "README.md").read_text().split())
     sentence = f"1,000 × 1,000 pairs take {inference.digits(rows['fast'])} s; the literal form {shared} s"
     assert sentence in readme and f"{own} s with separate" in readme
+
+
+def test_ratios_are_of_cases_that_take_turns():
+    found = inference.turns_case(rounds=1, square=8, few=[(2, 9), (9, 2)])
+    assert found.keys() == {"fast / bare products", "R joint / fast", "2 x 9 / square", "9 x 2 / square"}
+    assert all(ratio > 0 for ratio in found.values())
 
 
 def test_growth_is_the_exponent_of_the_largest_sizes():
