@@ -1,6 +1,6 @@
 """Time and memory of scoring all pairs: the fast form, the literal form, and the matrix products alone.
 
-    python benchmarks/inference.py            # N x N pairs: about 5 minutes on 2 cores
+    python benchmarks/inference.py            # N x N pairs: about 7 minutes on 2 cores
     python benchmarks/inference.py --large    # also full test sets; one query for 10^6 videos (13 GB)
     python benchmarks/inference.py --turns    # the ratios alone; other figures of the JSON are kept
 
@@ -286,7 +286,9 @@ def main() -> None:
     args = parser.parse_args()
     path = ROOT / "benchmarks" / "inference.json"
     ratios, code = in_own_process(turns_case)
-    print(ratios if code == 0 else f"the cases in turns failed, exit code {code}")
+    if ratios is None:
+        raise SystemExit(f"error: the cases in turns failed, exit code {code}: {path} is left as it is.")
+    print(ratios)
     if args.turns:
         path.write_text(json.dumps({**json.loads(path.read_text()), "ratios": ratios}, indent=1) + "\n")
         return

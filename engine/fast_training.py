@@ -1,4 +1,4 @@
-"""What a training step needs of a batch (v, cos(t_s, v), t_sup), with fewer products than psi and R take.
+"""What a training step needs of a batch (v, the cosines of its texts), by fewer products than psi and R.
 
 The same mathematics as in train.forward; a test holds values and gradients to it. It knows X-Pool's psi with
 one head, its controls and the radii of model.py. Any other psi, R or loss takes the literal form. With x_i,

@@ -104,7 +104,7 @@ class Fitted:
             block.copy_(f)
             torch.mv(rows, self.query, out=logits)
             a.mul_(s)
-            a.sub_(a.amax(dim=2, keepdim=True)).exp_()  # a softmax, up to its sum, in half the time
+            a.sub_(a.amax(dim=2, keepdim=True)).exp_()  # a softmax, up to its sum
             torch.bmm(a.mul_(s), block, out=p)  # weights of the frames before LN1
         return pooled[:, 0]
 
