@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 SIZE, FPS, FRAMES = 96, 8, 24  # pixels a side, frames a second, frames a clip (3 s)
 VARIANTS, PANORAMA = 8, 2 * SIZE  # backgrounds a place; their width in pixels
+SPRITE = 128  # pixels a side of a shape before it is scaled to a frame
 SPLITS = {"train": 3000, "val": 500, "test": 500}
 SCENES = (3,)  # of a clip: clip n has SCENES[n % len(SCENES)]
 # More test sets: clips of other seeds; one has clips of one to five scenes, which tests complexity.
@@ -385,20 +386,32 @@ def _mask(shape: str, side: int) -> Image.Image:
 
 
 @functools.cache
-def _sprite(colour: str, shape: str) -> Image.Image:
-    """The shape in its colour on a transparent square of 128 px, with a dark rim, lit from the upper left."""
-    side = 384
-    mask = rim = _mask(shape, side)
+def _outlines(shape: str) -> tuple[Image.Image, Image.Image]:
+    """The shape, and the shape with its rim."""
+    mask = rim = _mask(shape, 3 * SPRITE)
     for _ in range(5):  # five filters of size 3 equal one of size 11 and take half the time
         rim = rim.filter(ImageFilter.MaxFilter(3))
-    rgb = np.array(RGB[colour], dtype=np.float32)
+    return mask, rim
+
+
+@functools.cache
+def _lit(colour: str) -> Image.Image:
+    """A square of the colour, lit from the upper left."""
+    rgb, side = np.array(RGB[colour], dtype=np.float32), 3 * SPRITE
     ramp = np.add.outer(np.arange(side), np.arange(side))[..., None] / (2 * side)  # 0 at the upper left
     light, shadow = np.clip(0.45 - ramp, 0, 1), np.clip(ramp - 0.5, 0, 1)
     body = rgb + light * (255 - rgb) * 0.9 - shadow * rgb * 0.6
-    sprite = Image.new("RGBA", (side, side), (20, 18, 30, 0))
+    return Image.fromarray(np.clip(body, 0, 255).astype(np.uint8))
+
+
+@functools.cache
+def _sprite(colour: str, shape: str) -> Image.Image:
+    """The shape in its colour on a transparent square, with a dark rim. It is drawn three times as large."""
+    mask, rim = _outlines(shape)
+    sprite = Image.new("RGBA", mask.size, (20, 18, 30, 0))
     sprite.paste((20, 18, 30, 255), mask=rim)
-    sprite.paste(Image.fromarray(np.clip(body, 0, 255).astype(np.uint8)), mask=mask)
-    return sprite.resize((128, 128), Image.Resampling.LANCZOS)
+    sprite.paste(_lit(colour), mask=mask)
+    return sprite.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS)
 
 
 @functools.cache

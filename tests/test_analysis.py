@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from conftest import randn, random_model
-from scipy.stats import linregress, spearmanr
 
 from engine.analysis import (
     COSINE,
@@ -185,8 +185,8 @@ def test_levels_are_deciles_and_agree_with_scipy():
     found, order = levels(uncertain, hits), np.argsort(uncertain)
     bins = [hits[part].mean() for part in np.array_split(order, 10)]
     assert found["levels"] == pytest.approx(bins)
-    line = linregress(np.arange(10), bins)
-    S = spearmanr(np.arange(10), bins).statistic
+    line = scipy.stats.linregress(np.arange(10), bins)
+    S = scipy.stats.spearmanr(np.arange(10), bins).statistic
     assert (found["S"], found["R2"]) == pytest.approx((S, line.rvalue**2))
     assert found["-S R2"] == pytest.approx(-S * line.rvalue**2) and found["-S R2"] > 0.3
 

@@ -15,12 +15,10 @@ import types
 from dataclasses import fields, replace
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from nbclient import NotebookClient
 
 import shapes
 from engine.backbone import load_clip
@@ -34,6 +32,7 @@ FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PAGES = ROOT / "docs" / "notebooks"
 MODULES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "engine").glob("*.py"))]
+OURS = {"engine", *(path.stem for path in [*ROOT.glob("*.py"), *FOLDER.glob("*.py")])}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -77,15 +76,37 @@ def notebook_module(monkeypatch):
 # ---- the notebooks
 
 
+# Before a notebook, its kernel forgets all names, our modules and the folder they are in. Only the start of
+# the kernel and the imports of libraries are shared: they would be half the time.
+AS_NEW = f"""
+%reset -sf
+__import__("os").environ["TMASS_FIGURES"] = "FOLDER"
+__import__("sys").path[:] = [path for path in __import__("sys").path if path != ".."]
+for _ in [name for name in __import__("sys").modules if name.split(".")[0] in {OURS}]:
+    del __import__("sys").modules[_]
+"""
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    from jupyter_client import KernelManager  # here: imports of two seconds, which other processes need not
+
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(FOLDER))
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.slow
 @each_notebook
-def test_notebook_runs_and_saves_its_key_figure(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMASS_FIGURES", str(tmp_path))
+def test_notebook_runs_and_saves_its_key_figure(path, tmp_path, kernel):
+    import nbformat
+    from nbclient import NotebookClient
+
     before = path.read_bytes()
-    resources = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(nbformat.read(path, as_version=4), timeout=120, resources=resources)
-    client.shutdown_kernel = "immediate"  # a graceful exit of a kernel takes two more seconds
-    client.execute()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(AS_NEW.replace("FOLDER", str(tmp_path))))
+    NotebookClient(notebook, km=kernel, timeout=120).execute()
     assert path.read_bytes() == before
     assert [picture.name for picture in tmp_path.iterdir()] == [f"{path.stem}.png"]
 
@@ -253,6 +274,8 @@ def test_links_between_pages_lead_to_pages(path):
 
 
 def test_a_page_is_written_again_only_if_it_shows_something_new(tmp_path, monkeypatch, notebook_module):
+    import nbformat
+
     pages = notebook_module("pages")
     monkeypatch.setattr(pages, "PAGES", tmp_path / "docs")
     path, page = tmp_path / "00_try.ipynb", tmp_path / "docs" / "00_try.html"

@@ -1,11 +1,11 @@
 """Small videos of every container, made by ffmpeg, and what a full sequential decode says of them."""
 
 import functools
-import hashlib
 import random
 import re
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -30,14 +30,16 @@ def make(path: Path, options: str = X264, source: str = SOURCE) -> Path:
     return path
 
 
-def md5(frame: np.ndarray) -> str:
-    return hashlib.md5(frame.tobytes()).hexdigest()
+def adler(frame: np.ndarray) -> str:
+    """Adler-32, which takes a third of the time of MD5."""
+    return f"{zlib.adler32(frame.tobytes()):08x}"
 
 
 def reference(path: Path, stream: str = "0:V:0") -> tuple[list[str], list[float]]:
-    """MD5 and time of every frame, by one sequential decode without any seek or choice."""
+    """Adler-32 and time of every frame, by one sequential decode without any seek or choice."""
     output = Path(FOLDER.name) / "reference.txt"  # never beside the video: it may belong to others
-    options = "-vf showinfo -fps_mode passthrough -noautoscale -c:v rawvideo -pix_fmt rgb24 -f framemd5"
+    options = "-vf showinfo=checksum=0 -fps_mode passthrough -noautoscale -c:v rawvideo -pix_fmt rgb24"
+    options += " -f framehash -hash adler32"
     log = ffmpeg("-i", f"file:{path}", "-map", stream, *options.split(), output)
     lines = [line for line in output.read_text().splitlines() if not line.startswith("#")]
     over, under = re.search(r"config in time_base: (\d+)/(\d+)", log).groups()
@@ -49,7 +51,7 @@ def assert_exact(path: Path, windows: int = 2, longest: float = 1.5) -> None:
     """The frames of the whole file and of random windows are those of the reference."""
     whole, times = reference(path)
     assert len(whole) == len(times) > 0
-    found = [md5(frame) for frame in decode_frames(path, 12)]
+    found = [adler(frame) for frame in decode_frames(path, 12)]
     assert found == [whole[n] for n in segment_midpoints(len(whole), 12)]
     draw = random.Random(path.name)
     for _ in range(windows):
@@ -57,7 +59,7 @@ def assert_exact(path: Path, windows: int = 2, longest: float = 1.5) -> None:
         end = round(start + draw.uniform(0.05, longest), 2)
         before = [n for n, time in enumerate(times) if time <= start][-1:]
         shown = before + [n for n, time in enumerate(times) if start < time < end]
-        found = [md5(frame) for frame in decode_frames(path, 5, start, end)]
+        found = [adler(frame) for frame in decode_frames(path, 5, start, end)]
         assert found == [whole[shown[n]] for n in segment_midpoints(len(shown), 5)], (start, end)
 
 
