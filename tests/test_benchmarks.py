@@ -90,6 +90,7 @@ def test_every_part_of_the_gpu_benchmark_runs_on_the_cpu_at_toy_size(tmp_path, m
 
     compiled = []
     monkeypatch.setattr(gpu, "rows_of", here)
+    monkeypatch.setattr(gpu.gc, "collect", lambda: 0)  # all that the tests imported, each time
     monkeypatch.setattr(gpu, "subprocess", types.SimpleNamespace(run=pytest_of, PIPE=-1, STDOUT=-2))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     with pytest.raises(SystemExit) as end:

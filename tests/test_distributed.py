@@ -35,19 +35,6 @@ def flags(clips_folder, tmp_path) -> list[str]:
     return [str(x) for pair in values.items() for x in pair]
 
 
-def torchrun(*arguments) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *arguments,
-    ]
-    return subprocess.run([str(x) for x in command], capture_output=True, text=True)
-
-
 def test_two_processes_give_loss_gradients_and_weights_of_one(flags, tmp_path):
     """By micro-batches of three: the first process has one of them, the second two."""
     train.main([*flags, "--out", str(tmp_path / "one")])
@@ -168,8 +155,16 @@ Path(f"{{sys.argv[1]}}-{{rank}}").touch()  # a file, since two ranks print into 
 def test_functions_on_two_ranks(tmp_path):
     script = tmp_path / "functions.py"
     script.write_text(FUNCTIONS.format(root=str(ROOT)))
-    done = torchrun(script, tmp_path / "file")
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(script), str(tmp_path / "file")]
+    started = [
+        subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in "01"
+    ]
+    errors = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
     assert (tmp_path / "file-0").exists() and (tmp_path / "file-1").exists()
 
 
