@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -70,20 +71,32 @@ def literal_drawn(model, text, frames, noise) -> torch.Tensor:
 
 
 def floor(model, text, frames, noise) -> torch.Tensor:
-    """The matrix products of the fast form alone, at its block size and in its threads, on random numbers."""
-    side = int(default_block(DIM, text.device) ** 0.5)
-    pairs, randn = side * side, functools.partial(torch.randn, device=text.device)
-    q, key, a = randn(side, DIM), randn(side * FRAMES, DIM), randn(side, side, FRAMES + 2)
-    atoms, s, w = randn(side, FRAMES + 2, DIM), randn(pairs, FRAMES), randn(FRAMES, DIM)
-    x, e = randn(pairs, DIM), noise.T.contiguous()
+    """The matrix products of the fast form alone: all of them, in its order, blocks, threads and memory.
 
-    def block(_: int) -> None:
-        q @ key.T, q @ key.T, q @ atoms.flatten(0, 1).T  # attention, S, t . v
-        a @ atoms, s @ w  # v, R
-        x @ e, x @ e, x @ e  # M draws
+    Their numbers are random. Sizes are those of scores: the last rows and columns of blocks are smaller."""
+    side, k = int(default_block(DIM, text.device) ** 0.5), FRAMES + 2
+    randn = functools.partial(torch.randn, device=text.device)
+    W, t, e, memory = randn(DIM, DIM), randn(side, DIM), noise.T.contiguous(), threading.local()
+    f, atoms, gram, w = randn(side * FRAMES, DIM), randn(side, k, DIM), randn(side, k, k), randn(k - 1, DIM)
+    a = {n: randn(side, k, n) for n in (min(side, len(text)), len(text) % side)}  # by the number of texts
+    s, x = randn(side * side, k - 1), randn(side * side, DIM)
 
-    blocks = range(max(1, len(text) * len(frames) // pairs))
-    list(in_threads(block, blocks) if text.device.type == "cpu" else map(block, blocks))
+    def column(start: int) -> None:
+        if not hasattr(memory, "block"):
+            memory.block = x.new_empty(2, side * side, DIM)
+        n = min(side, len(frames) - start)  # videos
+        these, of, G = f[: n * FRAMES], atoms[:n], gram[:n]
+        these @ W.T, these @ W.T, of @ of.mT, of @ of.mT, of @ of.mT  # y, z; Gram matrices of y, z and atoms
+        for first in range(0, len(text), side):
+            m = min(side, len(text) - first)  # texts
+            v, log_r = memory.block[:, : n * m]
+            these @ t[:m].T, these @ t[:m].T, of.flatten(0, 1) @ t[:m].T  # attention, S, t . v
+            G @ a[m][:n], G @ a[m][:n], G @ a[m][:n]  # sigma, delta, |v|
+            torch.bmm(a[m][:n].mT, of, out=v.view(n, m, DIM)), torch.mm(s[: n * m], w, out=log_r)
+            x[: n * m] @ e, x[: n * m] @ e, x[: n * m] @ e  # M draws
+
+    columns = range(0, len(frames), side)
+    list(in_threads(column, columns) if text.device.type == "cpu" else map(column, columns))
     return torch.zeros(1)
 
 

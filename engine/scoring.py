@@ -258,9 +258,9 @@ def no_overflow(radius: Float[Tensor, "*pairs dim"]) -> Float[Tensor, "*pairs"]:
 
 
 def default_block(dim: int, device: torch.device) -> int:
-    """Pairs a block: its three tensors (pairs, dim) take 16 MiB on a CPU, 1/16 of a GPU's free memory."""
+    """Pairs a block: its two tensors (pairs, dim) take 16 MiB on a CPU, 1/16 of a GPU's free memory."""
     memory = torch.cuda.mem_get_info(device)[0] // 16 if device.type == "cuda" else 2**24
-    return max(256, memory // (3 * 4 * dim))
+    return max(256, memory // (2 * 4 * dim))
 
 
 def _tolerance(text: Tensor) -> float:
@@ -298,8 +298,9 @@ def in_threads(function: Callable[[int], None], items: Sequence[int]) -> Iterato
         with torch.inference_mode(mode), torch.no_grad():
             function(item)
 
-    before, pool = torch.get_num_threads(), ThreadPoolExecutor(threads)
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread; a new one would start with as many as there are cores
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield from pool.map(call, items)
     finally:
@@ -473,14 +474,14 @@ class _Fast:
         model, noise, some = self.task.model, self.task.noise, slice(texts.start, texts.stop)
         text, square = self.task.text[some], self.square[some]
         shape = len(videos), len(texts), text.shape[1]
-        if not hasattr(self.memory, "block"):  # of each thread: v, then R v; R t; R, then R R
-            self.memory.block = text.new_empty(3, self.pairs, shape[2])
-        first, second, third = (x[: shape[0] * shape[1]].view(shape) for x in self.memory.block)
+        if not hasattr(self.memory, "block"):  # of each thread: v, R v, R t; R, R R; inner of R joint
+            self.memory.block = text.new_empty(2 + self.joint, self.pairs, shape[2])
+        first, second, *more = (x[: shape[0] * shape[1]].view(shape) for x in self.memory.block)
         if fused is None:
             video = first.copy_(video[:, some])
             length, dot = video.norm(dim=-1).clamp_min(1e-12), (video * text).sum(dim=-1)
         else:
-            A = fused.coefficients(model.fusion, text[None] if self.query is None else self.query[:, some])
+            A = fused.coefficients(text[None] if self.query is None else self.query[:, some])
             length = (fused.gram @ A * A).sum(dim=1).clamp_min(1e-24).sqrt()  # |v|        (videos, texts)
             dot = (_products(fused.atoms, text) * A).sum(dim=1)  # t . v
         change = self.task.change
@@ -492,13 +493,13 @@ class _Fast:
             return cosine_scores(text, change(text, frames, video.transpose(0, 1)))
         sims = _products(unit, self.unit[some]).mT  # S        (videos, texts, frames)
         if moved is not None or type(model.radius) is LinearRadius:
-            e = torch.mm(F.pad(sims, (0, 1), value=1.0).flatten(0, 1), self.affine, out=third.flatten(0, 1))
+            e = torch.mm(F.pad(sims, (0, 1), value=1.0).flatten(0, 1), self.affine, out=second.flatten(0, 1))
             if moved is not None:
-                self.add_joint(e, second, moved, A, length, self.hidden[some])
-            radius = third.exp_()
+                self.add_joint(e, more[0], moved, A, length, self.hidden[some])
+            radius = second.exp_()
         else:
             e = model.radius.exponent(sims, text, video)  # log R, (videos, texts, dim) or (videos, texts, 1)
-            radius = torch.exp(e, out=third if e.shape == video.shape else None).expand_as(video)
+            radius = torch.exp(e, out=second if e.shape == video.shape else None).expand_as(video)
         if isinstance(noise, Expectation | Delta):
             return noise.of(text, radius, video).T
         if isinstance(noise, PairNoise):
@@ -507,9 +508,9 @@ class _Fast:
             return (torch.stack(best).amax(dim=0) + no_overflow(radius)).T
         bank = self.task.bank.T
         dots = torch.addmm(dot.reshape(-1, 1), video.mul_(radius).flatten(0, 1), bank)  # t_s . v  (pairs, M)
-        squares = square.repeat(len(length))[:, None]  # |t_s|^2
-        squares = squares.addmm(torch.mul(radius, text, out=second).flatten(0, 1), bank, alpha=2)
-        squares.addmm_(torch.mul(radius, radius, out=third).flatten(0, 1), bank.square())
+        squares = square.expand_as(length).reshape(-1, 1)  # |t_s|^2
+        squares = squares.addmm(torch.mul(radius, text, out=first).flatten(0, 1), bank, alpha=2)
+        squares.addmm_(torch.mul(radius, radius, out=second).flatten(0, 1), bank.square())
         length = length + (squares @ torch.zeros_like(squares[0])).view_as(length)  # NaN if infinite
         cosines = dots.mul_(squares.clamp_min_(1e-24).rsqrt_())
         if isinstance(self.task.noise, MonteCarlo):
@@ -531,8 +532,8 @@ class _Atoms:
 
     atoms: Tensor  #                                    (videos, k + 2, dim), or (videos, 1, dim)
     key: Tensor | None = None  # LN1(f), or with several heads W_k LN1(f)   (heads, videos, frames, ...)
-    gram2: Tensor | None = None  # G of LN2             (videos, k, k)
-    gram3: Tensor | None = None  # G of LN3             (videos, k + 1, k + 1)
+    gram2: Tensor | None = None  # G of LN2 + eps       (videos, k, k)
+    gram3: Tensor | None = None  # G of LN3 + eps       (videos, k + 1, k + 1)
 
     @functools.cached_property
     def gram(self) -> Tensor:
@@ -551,18 +552,18 @@ class _Atoms:
         c = psi.norm2.bias + psi.linear(psi.norm2.bias)
         z = torch.cat([F.linear(y, Z), (c - c.mean()).expand(videos, 1, dim)], dim=1)
         atoms = torch.cat([z * psi.norm3.weight, psi.norm3.bias.expand(videos, 1, dim)], dim=1)
-        return cls(atoms, key, y @ y.mT / dim, z @ z.mT / dim)
+        gram2, gram3 = y @ y.mT / dim, z @ z.mT / dim
+        gram2 += psi.norm2.eps / psi.heads**2  # the weights of a head sum to one; that of z's last row is one
+        gram3[:, -1, -1] += psi.norm3.eps
+        return cls(atoms, key, gram2, gram3)
 
-    def coefficients(self, psi: torch.nn.Module, query: Tensor) -> Tensor:
+    def coefficients(self, query: Tensor) -> Tensor:
         """A, (videos, k + 2, texts), of every pair with the given queries (heads, texts, dim / heads)."""
         if self.key is None:
             return self.atoms.new_ones(len(self.atoms), 1, query.shape[1])
-        logits = torch.stack([_products(k, q) for k, q in zip(self.key, query)], dim=1)
-        a = logits.softmax(dim=2).flatten(1, 2)  # (videos, heads x frames, texts)
-        inverse_sigma = ((self.gram2 @ a * a).sum(dim=1, keepdim=True) + psi.norm2.eps).rsqrt()
-        w = torch.cat([a * inverse_sigma, torch.ones_like(inverse_sigma)], dim=1)
-        inverse_delta = ((self.gram3 @ w * w).sum(dim=1, keepdim=True) + psi.norm3.eps).rsqrt()
-        return torch.cat([w * inverse_delta, torch.ones_like(inverse_delta)], dim=1)
+        a = torch.cat([_products(k, q).softmax(dim=1) for k, q in zip(self.key, query)], dim=1)
+        w = F.pad(a * (self.gram2 @ a * a).sum(dim=1, keepdim=True).rsqrt(), (0, 0, 0, 1), value=1.0)
+        return F.pad(w * (self.gram3 @ w * w).sum(dim=1, keepdim=True).rsqrt(), (0, 0, 0, 1), value=1.0)
 
 
 def _folded(psi: XPool) -> tuple[Tensor, Tensor, Tensor]:

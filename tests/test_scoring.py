@@ -1,14 +1,18 @@
 """Fast scores equal the literal ones, noise is what it says, and no score sees more than its pair."""
 
+import os
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import randn, random_model, small_clip
+from conftest import ROOT, randn, random_model, small_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
@@ -303,6 +307,29 @@ def test_a_failure_in_a_thread_is_raised_and_leaves_torch_as_it_was(threads, mon
     assert torch.get_num_threads() == 3 and not engine.scoring._pool.locked()
 
 
+ONE_THREAD_EACH = """
+import os, torch
+from engine.scoring import in_threads
+
+def count(_):
+    for _ in range(20):
+        a @ b.T
+    return len(os.listdir("/proc/self/task"))
+
+a, b, found = torch.randn(768, 512), torch.randn(64, 512), []
+before = count(0)
+list(in_threads(lambda _: found.append(count(0)), range(4)))
+assert max(found) <= before + 2, (before, found)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_threads_of_blocks_start_no_threads_of_their_own():
+    """A product in a new thread would start as many as there are cores: four on two, in each other's way."""
+    two = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", ONE_THREAD_EACH], env=two, check=True)
+
+
 def test_memory_does_not_grow_with_the_draws(threads):
     """A counting mode watches every operation: the largest tensor is that of a block of pairs."""
     threads(1)  # the mode is that of this thread
@@ -323,7 +350,7 @@ def test_memory_does_not_grow_with_the_draws(threads):
         with Largest() as largest:
             scores(model, *inputs, block=256)
         sizes.append(largest.size)
-    assert sizes == [3 * 256 * DIM] * 3  # the buffer: three tensors of a block of pairs
+    assert sizes == [2 * 256 * DIM] * 3  # the buffer: two tensors of a block of pairs
 
 
 @pytest.mark.parametrize("score", [scores, scores_literal])
