@@ -76,14 +76,15 @@ def floor(model, text, frames, noise) -> torch.Tensor:
     Their numbers are random. Sizes are those of scores: the last rows and columns of blocks are smaller."""
     side, k = int(default_block(DIM, text.device) ** 0.5), FRAMES + 2
     randn = functools.partial(torch.randn, device=text.device)
-    W, t, e, memory = randn(DIM, DIM), randn(side, DIM), noise.T.contiguous(), threading.local()
+    W, t, e, memory = randn(DIM, DIM), randn(side, DIM), noise.T, threading.local()
     f, atoms, gram, w = randn(side * FRAMES, DIM), randn(side, k, DIM), randn(side, k, k), randn(k - 1, DIM)
     a = {n: randn(side, k, n) for n in (min(side, len(text)), len(text) % side)}  # by the number of texts
-    s, x = randn(side * side, k - 1), randn(side * side, DIM)
+    s = randn(side * side, k - 1)
+    W @ W, text @ W, text @ W  # W_o W_v, W_q, W_k
 
     def column(start: int) -> None:
         if not hasattr(memory, "block"):
-            memory.block = x.new_empty(2, side * side, DIM)
+            memory.block = W.new_empty(2, side * side, DIM)
         n = min(side, len(frames) - start)  # videos
         these, of, G = f[: n * FRAMES], atoms[:n], gram[:n]
         these @ W.T, these @ W.T, of @ of.mT, of @ of.mT, of @ of.mT  # y, z; Gram matrices of y, z and atoms
@@ -93,7 +94,7 @@ def floor(model, text, frames, noise) -> torch.Tensor:
             these @ t[:m].T, these @ t[:m].T, of.flatten(0, 1) @ t[:m].T  # attention, S, t . v
             G @ a[m][:n], G @ a[m][:n], G @ a[m][:n]  # sigma, delta, |v|
             torch.bmm(a[m][:n].mT, of, out=v.view(n, m, DIM)), torch.mm(s[: n * m], w, out=log_r)
-            x[: n * m] @ e, x[: n * m] @ e, x[: n * m] @ e  # M draws
+            v @ e, v @ e, log_r @ e  # M draws
 
     columns = range(0, len(frames), side)
     list(in_threads(column, columns) if text.device.type == "cpu" else map(column, columns))

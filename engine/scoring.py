@@ -258,7 +258,8 @@ def no_overflow(radius: Float[Tensor, "*pairs dim"]) -> Float[Tensor, "*pairs"]:
 
 
 def default_block(dim: int, device: torch.device) -> int:
-    """Pairs a block: its two tensors (pairs, dim) take 16 MiB on a CPU, 1/16 of a GPU's free memory."""
+    """Pairs a block: two tensors (pairs, dim) take 16 MiB on a CPU, 1/16 of a GPU's free memory. With
+    JointRadius it has three."""
     memory = torch.cuda.mem_get_info(device)[0] // 16 if device.type == "cuda" else 2**24
     return max(256, memory // (2 * 4 * dim))
 
@@ -346,9 +347,9 @@ class _Task:
     def in_blocks(self, pairs: int, prepare: Callable[[range], Callable], progress: bool) -> Tensor:
         """All scores, (texts, videos). prepare(videos) gives the function that scores texts with these."""
         texts, videos = len(self.text), len(self.frames)
-        # On CUDA the frames of many videos, for few texts, must fit in, too; on the CPU each thread has some.
-        part = -(-videos // torch.get_num_threads())
-        most = min(videos, 3 * pairs // self.frames.shape[1]) if self.text.is_cuda else part
+        # The frames of a block take no more than its two tensors, and on a CPU each thread has some videos.
+        part = videos if self.text.is_cuda else -(-videos // torch.get_num_threads())
+        most = min(part, 2 * pairs // self.frames.shape[1])
         columns = max(1, min(most, max(int(pairs**0.5), pairs // max(1, texts))))
         rows = max(1, pairs // columns)
         out, starts = self.text.new_empty(texts, videos), range(0, videos, columns)

@@ -159,12 +159,17 @@ def test_functions_on_two_ranks(tmp_path):
         port = str(server.getsockname()[1])
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, str(script), str(tmp_path / "file")]
-    started = [
-        subprocess.Popen(command, env={**common, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
-        for rank in "01"
-    ]
-    errors = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], errors
+    started = []
+    try:
+        for rank in "01":
+            own = {**common, "RANK": rank, "LOCAL_RANK": rank}
+            with (tmp_path / f"errors-{rank}").open("w") as errors:
+                started.append(subprocess.Popen(command, env=own, stderr=errors))
+        codes = [process.wait(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0, 0], [(tmp_path / f"errors-{rank}").read_text() for rank in "01"]
     assert (tmp_path / "file-0").exists() and (tmp_path / "file-1").exists()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, message, random_model
 from PIL import Image
-from videos import X264, adler, container, ffmpeg, make
+from videos import X264, container, crc, ffmpeg, make
 
 import engine.ffmpeg
 import engine.video
@@ -189,9 +189,9 @@ def test_a_file_that_is_deleted_meanwhile_is_read_to_the_end(tmp_path, monkeypat
     monkeypatch.setattr(engine.video, "SHORT_FILE", 0)
     path, run = tmp_path / "gone.mp4", engine.video.Run
     path.write_bytes(container("b-frames.mp4").read_bytes())
-    expected = [adler(frame) for frame in decode_frames(container("b-frames.mp4"), 3)]
+    expected = [crc(frame) for frame in decode_frames(container("b-frames.mp4"), 3)]
     monkeypatch.setattr(engine.video, "Run", lambda *all: path.unlink(missing_ok=True) or run(*all))
-    assert [adler(frame) for frame in decode_frames(path, 3)] == expected and not path.exists()
+    assert [crc(frame) for frame in decode_frames(path, 3)] == expected and not path.exists()
 
 
 @pytest.mark.parametrize(
@@ -231,13 +231,13 @@ def test_a_large_picture_of_few_bytes_is_refused_before_it_is_decoded(tmp_path):
 
 def test_large_frames_are_decoded_one_file_at_a_time(monkeypatch):
     path, locked = container("b-frames.mp4"), []
-    expected = [adler(frame) for frame in decode_frames(path, 3)]
+    expected = [crc(frame) for frame in decode_frames(path, 3)]
     keep = engine.video._decode
     monkeypatch.setattr(engine.video, "LARGE", 1000)
     monkeypatch.setattr(
         engine.video, "_decode", lambda *all: locked.append(engine.video._one_large.locked()) or keep(*all)
     )
-    assert [adler(frame) for frame in decode_frames(path, 3)] == expected
+    assert [crc(frame) for frame in decode_frames(path, 3)] == expected
     assert locked == [False, True] and not engine.video._one_large.locked()
 
 

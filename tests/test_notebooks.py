@@ -4,6 +4,7 @@ Together they mention everything public in model.py and losses.py, and copy none
 """
 
 import ast
+import asyncio
 import functools
 import importlib
 import json
@@ -79,9 +80,9 @@ def notebook_module(monkeypatch):
 # Before a notebook, its kernel forgets all names, our modules and the folder they are in. Only the start of
 # the kernel and the imports of libraries are shared: they would be half the time.
 AS_NEW = f"""
-%reset -sf
+%reset -f
 __import__("os").environ["TMASS_FIGURES"] = "FOLDER"
-__import__("sys").path[:] = [path for path in __import__("sys").path if path != ".."]
+__import__("sys").path[:] = [path for path in __import__("sys").path if path not in ("..", {str(ROOT)!r})]
 for _ in [name for name in __import__("sys").modules if name.split(".")[0] in {OURS}]:
     del __import__("sys").modules[_]
 """
@@ -89,12 +90,13 @@ for _ in [name for name in __import__("sys").modules if name.split(".")[0] in {O
 
 @pytest.fixture(scope="session")
 def kernel():
-    from jupyter_client import KernelManager  # here: imports of two seconds, which other processes need not
+    """The first notebook starts it. Its imports, of two seconds, are here: other processes need them not."""
+    from jupyter_client import AsyncKernelManager
 
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(FOLDER))
+    manager = AsyncKernelManager(kernel_name="python3")
     yield manager
-    manager.shutdown_kernel(now=True)
+    if manager.has_kernel:
+        asyncio.run(manager.shutdown_kernel(now=True))
 
 
 @pytest.mark.slow
@@ -106,7 +108,12 @@ def test_notebook_runs_and_saves_its_key_figure(path, tmp_path, kernel):
     before = path.read_bytes()
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(AS_NEW.replace("FOLDER", str(tmp_path))))
-    NotebookClient(notebook, km=kernel, timeout=120).execute()
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(notebook, km=kernel, timeout=120, resources=resources)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
     assert path.read_bytes() == before
     assert [picture.name for picture in tmp_path.iterdir()] == [f"{path.stem}.png"]
 

@@ -9,7 +9,7 @@ from conftest import message
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from videos import CONTAINERS, X264, adler, assert_exact, container, ffmpeg, make, reference
+from videos import CONTAINERS, X264, assert_exact, container, crc, ffmpeg, make, reference
 
 import engine.video
 from engine.video import count_packets, decode_frames, duration, every_frame, resize, segment_midpoints
@@ -29,14 +29,14 @@ def test_frames_of_a_built_in_clip_are_exact(clips, num_frames, short, monkeypat
     monkeypatch.setattr(engine.video, "SHORT_FILE", short)
     whole, _ = reference(clips[3].path)
     assert len(whole) == 24 and count_packets(clips[3].path) == 24
-    found = [adler(frame) for frame in decode_frames(clips[3].path, num_frames)]
+    found = [crc(frame) for frame in decode_frames(clips[3].path, num_frames)]
     assert found == [whole[n] for n in segment_midpoints(24, num_frames)]
 
 
 def test_a_pass_that_holds_too_much_stops_and_two_follow(clips, monkeypatch):
-    expected = [adler(frame) for frame in decode_frames(clips[3].path, 5)]
+    expected = [crc(frame) for frame in decode_frames(clips[3].path, 5)]
     monkeypatch.setattr(engine.video, "SHORT_PIPE", 10**5)
-    assert [adler(frame) for frame in decode_frames(clips[3].path, 5)] == expected
+    assert [crc(frame) for frame in decode_frames(clips[3].path, 5)] == expected
 
 
 def test_a_picture_is_a_clip_of_one_frame(tmp_path):
@@ -100,7 +100,7 @@ def test_frames_of_a_long_file_are_exact_although_only_parts_are_decoded(name, t
         path = make(tmp_path / name, LONG[name]) if name in LONG else container(name)
     whole, _ = reference(path)
     for num_frames in (1, 2, 3):
-        found = [adler(frame) for frame in decode_frames(path, num_frames)]
+        found = [crc(frame) for frame in decode_frames(path, num_frames)]
         assert found == [whole[n] for n in segment_midpoints(len(whole), num_frames)]
     assert any(parts) == (name in IN_PARTS)
 
@@ -114,7 +114,7 @@ def test_a_long_file_with_an_error_in_a_decoded_part_is_decoded_whole(tmp_path, 
         for limit, value in (("SHORT_FILE", 0), ("HEAD", 5), ("SKIP", skip)):
             monkeypatch.setattr(engine.video, limit, value)
         with pytest.warns(UserWarning, match="damaged"):
-            expected.append([adler(frame) for frame in decode_frames(path, 3)])
+            expected.append([crc(frame) for frame in decode_frames(path, 3)])
     assert expected[0] == expected[1]
 
 
@@ -128,7 +128,7 @@ def test_times_that_jump_in_a_recording_are_those_of_a_player(tmp_path, monkeypa
         whole, times = reference(tmp_path / name)
         assert len(whole) == 400 and times[-1] == pytest.approx(16, abs=0.2)
         start = times[300] + 0.001
-        assert adler(decode_frames(tmp_path / name, 1, start, start + 0.01)[0]) == whole[300]
+        assert crc(decode_frames(tmp_path / name, 1, start, start + 0.01)[0]) == whole[300]
 
 
 def test_packets_and_duration_are_those_of_the_video_stream():
@@ -140,7 +140,7 @@ def test_packets_and_duration_are_those_of_the_video_stream():
 def test_every_frame_gives_all_frames_in_order():
     whole, times = reference(container("b-frames.mp4"))
     found = list(every_frame(container("b-frames.mp4")))
-    assert [adler(frame) for _, frame in found] == whole and [time for time, _ in found] == times
+    assert [crc(frame) for _, frame in found] == whole and [time for time, _ in found] == times
     assert next(every_frame(container("b-frames.mp4"), height=32))[1].shape == (32, 48, 3)
 
 
@@ -163,8 +163,8 @@ def slides(tmp_path_factory):
 def test_a_window_without_a_new_frame_shows_the_one_on_screen(slides, name, short, monkeypatch):
     monkeypatch.setattr(engine.video, "SHORT_FILE", short)
     whole, _ = reference(slides[name])
-    assert [adler(frame) for frame in decode_frames(slides[name], 3, 2.0, 4.0)] == [whole[19]] * 3
-    assert [adler(frame) for frame in decode_frames(slides[name], 3, 2.0, 8.86)] == [
+    assert [crc(frame) for frame in decode_frames(slides[name], 3, 2.0, 4.0)] == [whole[19]] * 3
+    assert [crc(frame) for frame in decode_frames(slides[name], 3, 2.0, 8.86)] == [
         whole[n] for n in (19, 20, 21)
     ]
     assert "holds no frame from 60 s to 90 s" in message(decode_frames, slides[name], 3, 60.0, 90.0)
@@ -176,7 +176,7 @@ def test_the_last_picture_stays_while_the_sound_goes_on(tmp_path):
         "-f", "lavfi", "-i", "testsrc2=size=96x64:duration=2", "-f", "lavfi", "-i", "sine=duration=9", path
     )
     whole, _ = reference(path)
-    assert adler(decode_frames(path, 1, 5.0, 7.0)[0]) == whole[-1]
+    assert crc(decode_frames(path, 1, 5.0, 7.0)[0]) == whole[-1]
     assert "holds no frame from 10 s" in message(decode_frames, path, 1, 10.0)
 
 
@@ -273,7 +273,7 @@ def test_frames_that_cannot_be_decoded_at_the_start_are_left_out(tmp_path, monke
     assert len(frames) == 175
     for short in (0, 2**30):
         monkeypatch.setattr(engine.video, "SHORT_FILE", short)
-        found = [adler(frame) for frame in decode_frames(tmp_path / "late.webm", 5)]
+        found = [crc(frame) for frame in decode_frames(tmp_path / "late.webm", 5)]
         assert found == [frames[n] for n in segment_midpoints(175, 5)]
         assert "damaged, the first" in message(decode_frames, tmp_path / "worse.mkv", 5)
 
@@ -286,7 +286,7 @@ def test_pixels_are_the_stored_ones_not_stretched_and_not_tone_mapped(tmp_path):
     hdr = tmp_path / "hdr.mp4"
     ffmpeg("-i", plain, "-c", "copy", "-bsf:v", "h264_metadata=transfer_characteristics=16", hdr)
     assert "smpte2084" in ffmpeg("-i", hdr, "-f", "null", "-")
-    assert [adler(f) for f in decode_frames(hdr, 3)] == [adler(f) for f in decode_frames(plain, 3)]
+    assert [crc(f) for f in decode_frames(hdr, 3)] == [crc(f) for f in decode_frames(plain, 3)]
 
 
 @pytest.mark.parametrize("short", [0, 2**30])
@@ -302,7 +302,7 @@ def test_many_frames_can_be_asked_for(monkeypatch):
     monkeypatch.setattr(engine.video, "SHORT_FILE", 0)
     whole, _ = reference(container("b-frames.mp4"))
     found = decode_frames(container("b-frames.mp4"), 3000)
-    assert [adler(frame) for frame in found] == [whole[n] for n in segment_midpoints(200, 3000)]
+    assert [crc(frame) for frame in found] == [whole[n] for n in segment_midpoints(200, 3000)]
     assert len({id(frame) for frame in found}) == 200
 
 
