@@ -258,9 +258,9 @@ def no_overflow(radius: Float[Tensor, "*pairs dim"]) -> Float[Tensor, "*pairs"]:
 
 
 def default_block(dim: int, device: torch.device) -> int:
-    """Pairs a block: two tensors (pairs, dim) take 16 MiB on a CPU, 1/16 of a GPU's free memory. With
+    """Pairs a block: two tensors (pairs, dim) take 20 MiB on a CPU, 1/16 of a GPU's free memory. With
     JointRadius it has three."""
-    memory = torch.cuda.mem_get_info(device)[0] // 16 if device.type == "cuda" else 2**24
+    memory = torch.cuda.mem_get_info(device)[0] // 16 if device.type == "cuda" else 5 * 2**22
     return max(256, memory // (2 * 4 * dim))
 
 
@@ -509,8 +509,13 @@ class _Fast:
             return (torch.stack(best).amax(dim=0) + no_overflow(radius)).T
         bank = self.task.bank.T
         dots = torch.addmm(dot.reshape(-1, 1), video.mul_(radius).flatten(0, 1), bank)  # t_s . v  (pairs, M)
-        squares = square.expand_as(length).reshape(-1, 1)  # |t_s|^2
-        squares = squares.addmm(torch.mul(radius, text, out=first).flatten(0, 1), bank, alpha=2)
+        if len(videos) < 32 or self.task.draws > 64:
+            squares = square.expand_as(length).reshape(-1, 1)  # |t_s|^2
+            squares = squares.addmm(torch.mul(radius, text, out=first).flatten(0, 1), bank, alpha=2)
+        else:  # (R t) E' is R (t E)': no pass over R t, but a product for each text
+            drawn = (text[:, None] * bank.T).mT  # t E, (texts, dim, M)
+            squares = torch.baddbmm(square[:, None, None], radius.transpose(0, 1), drawn, alpha=2)
+            squares = squares.transpose(0, 1).flatten(0, 1)
         squares.addmm_(torch.mul(radius, radius, out=second).flatten(0, 1), bank.square())
         length = length + (squares @ torch.zeros_like(squares[0])).view_as(length)  # NaN if infinite
         cosines = dots.mul_(squares.clamp_min_(1e-24).rsqrt_())

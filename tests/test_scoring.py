@@ -330,6 +330,16 @@ def test_threads_of_blocks_start_no_threads_of_their_own():
     subprocess.run([sys.executable, "-c", ONE_THREAD_EACH], env=two, check=True)
 
 
+@pytest.mark.parametrize("M", [1, 20, 70])
+def test_blocks_of_many_and_of_few_videos_have_the_same_scores(threads, M):
+    """(R t) E' is one product in a block of few videos or many draws, else one product for each text."""
+    threads(1)
+    model, text, frames = random_model(frames=FRAMES), randn(9, DIM), randn(70, FRAMES, DIM, seed=1)
+    few, many = (scores(model, text, frames, noise_bank(M, DIM, 0), block=block) for block in (64, 4096))
+    assert torch.allclose(few, many, atol=1e-6)
+    assert torch.allclose(many, scores_literal(model, text, frames, noise_bank(M, DIM, 0)), atol=2e-5)
+
+
 def test_memory_does_not_grow_with_the_draws(threads):
     """A counting mode watches every operation: the largest tensor is that of a block of pairs."""
     threads(1)  # the mode is that of this thread
