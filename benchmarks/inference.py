@@ -73,7 +73,8 @@ def literal_drawn(model, text, frames, noise) -> torch.Tensor:
 def floor(model, text, frames, noise) -> torch.Tensor:
     """The matrix products of the fast form alone: all of them, in its order, blocks, threads and memory.
 
-    Their numbers are random. Sizes are those of scores: the last rows and columns of blocks are smaller."""
+    Their numbers are random. Sizes are those of scores: the last rows and columns of blocks are smaller. Only
+    R (t E)' of a text is not one product for each text here, which would take a little longer."""
     side, k = int(default_block(DIM, text.device) ** 0.5), FRAMES + 2
     randn = functools.partial(torch.randn, device=text.device)
     W, t, e, memory = randn(DIM, DIM), randn(side, DIM), noise.T, threading.local()
